@@ -1,0 +1,205 @@
+"""Open decisions inside an ordinary ``nn.Module``, and how they are closed.
+
+A search space is a module in which some layers are a `OneOf` (which candidate runs) and some hidden widths are a
+`Width` (how many channels exist). Each decision holds one logit per option. `derive` closes them all and returns a
+plain module with nothing of the search left in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from netsmith.errors import UserError, unknown
+
+Option = str | int
+Architecture = dict[str, Option]
+
+
+class Draw(NamedTuple):
+    """Which options of a decision run now, and how much each counts."""
+
+    indices: list[int]
+    weights: Tensor
+    """Shape ``(len(indices),)``; carries the gradient to the logits where the gate has one."""
+
+
+class Decision(nn.Module):
+    """Something that is still open: options, one logit each, and what was drawn for the next forward pass.
+
+    While nothing is drawn all options run, mixed by the softmax of the logits.
+    """
+
+    options: list
+
+    def __init__(self, options: Iterable[Option]) -> None:
+        super().__init__()
+        self.options = list(options)
+        if not self.options or len(set(self.options)) != len(self.options):
+            raise UserError(f"a decision needs at least one option and no option twice; given: {self.options}")
+        self.logits = nn.Parameter(torch.zeros(len(self.options)))
+        self.drawn: Draw | None = None
+
+    def draw(self) -> Draw:
+        return self.drawn or Draw(list(range(len(self.options))), self.logits.softmax(0))
+
+    def index(self, option: Option) -> int:
+        if option not in self.options:
+            raise unknown("option", str(option), map(str, self.options))
+        return self.options.index(option)
+
+    def remove(self, option: Option) -> list[int]:
+        """Take ``option`` out for good; returns the kept positions, which optimizer state has to follow.
+
+        Raises: UserError for the last option.
+        """
+        index = self.index(option)
+        if len(self.options) == 1:
+            raise UserError(f"option {option!r} is the last of its decision and cannot be removed")
+        kept = [i for i in range(len(self.options)) if i != index]
+        self.options.pop(index)
+        self.logits = nn.Parameter(self.logits.detach()[kept].clone())
+        self.drawn = None
+        return kept
+
+    def __getstate__(self) -> dict:
+        # A draw belongs to one step and holds its autograd graph: copies and pickles start without.
+        return {**self.__dict__, "drawn": None}
+
+
+class OneOf(Decision):
+    """Exactly one of several modules stands here; all take the same input and return the same shape.
+
+    >>> OneOf({"conv": nn.Conv2d(8, 8, 3, padding=1), "skip": nn.Identity()})
+    """
+
+    def __init__(self, candidates: Mapping[str, nn.Module]) -> None:
+        super().__init__(candidates)
+        for name, module in candidates.items():
+            if "." in name or hasattr(self, name):
+                raise UserError(f"a candidate cannot be called {name!r}: no dots, no attribute of a module")
+            self.add_module(name, module)
+
+    def candidate(self, option: str) -> nn.Module:
+        return self.get_submodule(self.options[self.index(option)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        indices, weights = self.draw()
+        if len(indices) == 1 and not weights.requires_grad:
+            return self.candidate(self.options[indices[0]])(x)
+        outputs = (w * self.candidate(self.options[i])(x) for i, w in zip(indices, weights, strict=True))
+        return functools.reduce(torch.add, outputs)
+
+    def remove(self, option: Option) -> list[int]:
+        kept = super().remove(option)
+        delattr(self, str(option))
+        return kept
+
+
+class Width(Decision):
+    """How many channels of one hidden tensor exist; the block that owns it slices its weights accordingly.
+
+    >>> MBConv(16, 24, kernel=3, hidden=Width(range(16, 97, 16)))
+    """
+
+    def __init__(self, options: Iterable[int]) -> None:
+        super().__init__(sorted(options))
+        if self.options[0] < 1:
+            raise UserError(f"a width is at least 1 channel; given: {self.options}")
+
+    @property
+    def maximum(self) -> int:
+        return self.options[-1]
+
+    def extent(self) -> tuple[int, Tensor | None]:
+        """Channels that exist in this pass, and the mask ``(channels,)`` that mixes several widths, if several run.
+
+        With widths n_i drawn with weights w_i, channel c counts with the sum of the w_i whose n_i exceeds it. As the
+        layer after the mask is linear, this equals the mixture of the separately computed widths (FBNetV2's masks).
+        """
+        indices, weights = self.draw()
+        widths = torch.tensor([self.options[i] for i in indices], device=weights.device)
+        channels = int(widths.max())
+        if len(indices) == 1 and not weights.requires_grad:
+            return channels, None
+        exists = torch.arange(channels, device=weights.device) < widths[:, None]
+        return channels, weights @ exists.to(weights.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.options[0]}..{self.maximum}" if len(self.options) > 1 else str(self.maximum)
+
+
+def decisions(model: nn.Module) -> dict[str, Decision]:
+    """All open decisions by path (the module's qualified name), outer before inner."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, Decision)}
+
+
+def parents(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """For each nested decision the decision it depends on and the option it belongs to: ``{path: (outer, option)}``."""
+    choices = [path for path, decision in decisions(model).items() if isinstance(decision, OneOf)]
+    found = {}
+    for path in decisions(model):
+        around = [outer for outer in choices if path.startswith(f"{outer}." if outer else "") and outer != path]
+        if around:
+            outer = max(around, key=len)
+            found[path] = (outer, path[len(outer) + 1 if outer else 0 :].split(".")[0])
+    return found
+
+
+def logits(model: nn.Module) -> list[nn.Parameter]:
+    """The architecture parameters: what gradient methods train on the ``search`` split."""
+    return [decision.logits for decision in decisions(model).values()]
+
+
+def weights(model: nn.Module) -> list[nn.Parameter]:
+    """All other parameters: what is trained on the ``train`` split."""
+    own = {id(parameter) for parameter in logits(model)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in own]
+
+
+def derive(model: nn.Module, architecture: Mapping[str, Option]) -> nn.Module:
+    """The plain network that ``architecture`` names, with copies of the supernet's weights; ``model`` stays untouched.
+
+    Raises: UserError when an active decision is left open or an option is unknown.
+    """
+    closed: dict[int, object] = {}
+
+    def close(path: str, module: nn.Module) -> nn.Module:
+        if isinstance(module, OneOf):
+            chosen = str(_chosen(path, module, architecture))
+            return close(f"{path}.{chosen}".lstrip("."), module.candidate(chosen))
+        owned = {name: child for name, child in module.named_children() if isinstance(child, Width)}
+        if owned:
+            name, width = _only_width(path, module, owned)
+            chosen = _chosen(f"{path}.{name}".lstrip("."), width, architecture)
+            return module.sliced(width.options[width.index(chosen)])  # pyright: ignore[reportCallIssue]
+        for name, child in module.named_children():
+            if any(isinstance(inner, Decision) for inner in child.modules()):
+                closed[id(child)] = close(f"{path}.{name}".lstrip("."), child)
+        return copy.deepcopy(module, dict(closed))
+
+    network = close("", model)
+    network.train(model.training)
+    return network
+
+
+def _chosen(path: str, decision: Decision, architecture: Mapping[str, Option]) -> Option:
+    if path not in architecture:
+        raise UserError(f"the architecture leaves {path!r} open (options: {decision.options})")
+    if architecture[path] not in decision.options:
+        raise UserError(f"decision {path!r} has no option {architecture[path]!r} (options: {decision.options})")
+    return architecture[path]
+
+
+def _only_width(path: str, block: nn.Module, owned: dict[str, Width]) -> tuple[str, Width]:
+    if len(owned) > 1 or not hasattr(block, "sliced"):
+        raise UserError(
+            f"{type(block).__name__} at {path!r} owns {len(owned)} widths; a block can own one, and needs a method "
+            "sliced(width) that returns the block physically that wide"
+        )
+    return next(iter(owned.items()))
