@@ -1,0 +1,250 @@
+"""Image classification: named splits of real images, batches of them, top-1 accuracy as the metric.
+
+Weights learn on `train`, architectures on `search` (cut out of the training images), the final network on `trainval`
+(both together); `test` belongs to the gate. `val` exists where the data come with one; nothing here learns from it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from netsmith.errors import UserError, unknown
+from netsmith.tasks import TASKS, augment, files
+from netsmith.tasks.folder import FolderImages, find_images
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LARGE = 64
+"""Pixels from which on images are cropped at random sizes; smaller ones are only shifted."""
+
+
+class TestSplitTouched(Exception):
+    """A method asked for the test split, which only the gate may see: a bug in the method."""
+
+    __test__ = False  # pytest collects what is called Test...
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Some images of a set: `source[indices]` is uint8 `(n, channels, side, side)`, `labels` is int64 `(n,)`."""
+
+    source: Tensor | FolderImages = field(repr=False)
+    indices: Tensor = field(repr=False)
+    """Which images of `source` belong to the split, `(n,)`."""
+    labels: Tensor = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        return self.source[self.indices[chosen]], self.labels[chosen]
+
+    def subset(self, chosen: Tensor) -> Split:
+        return Split(self.source, self.indices[chosen], self.labels[chosen])
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Task:
+    """A classification set, ready for training; see `open_task`."""
+
+    name: str
+    class_names: tuple[str, ...]
+    channels: int
+    resolution: int
+    """Pixels a side of the square that the network sees."""
+    mean: tuple[float, ...]
+    """Per channel, of pixels in 0..1; the network sees `(pixel - mean) / std`."""
+    std: tuple[float, ...]
+    source: str
+    """Where the images came from."""
+    splits: dict[str, Split] = field(repr=False)
+    flip: bool = True
+    """Whether a mirrored image keeps its class."""
+    metric: str = "accuracy"
+    touched: set[str] = field(default_factory=set, repr=False)
+    """The names of the splits handed out so far, by this task and all views of it."""
+    sealed: bool = False
+
+    @property
+    def classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        return self.channels, self.resolution, self.resolution
+
+    def split(self, name: str) -> Split:
+        """The split of that name, noted in `touched`; in a view `without_test()` "test" raises `TestSplitTouched`."""
+        if name not in self.splits:
+            raise unknown("split", name, self.splits)
+        if self.sealed and name == "test":
+            raise TestSplitTouched(f"{self.name}: the test split belongs to the gate; score architectures on 'search'")
+        self.touched.add(name)
+        return self.splits[name]
+
+    def without_test(self) -> Task:
+        """The same task, sharing `touched`, that refuses to hand out the test split: what a search gets."""
+        return replace(self, sealed=True)
+
+    def batches(self, split: str, batch_size: int, *, train: bool, seed: int = 0, epoch: int = 0, start: int = 0,
+                randaugment: int = 0, device: str | torch.device = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of `split`: images float32 `(n, C, H, W)` in channels-last memory, labels int64 `(n,)`.
+
+        With `train` the images are shuffled and augmented, by draws that depend on seed, epoch and batch number alone;
+        the global generator is left as it was. Batches are as equal as they can be, `batch_size` or just less, so that
+        none is too small for batch norm. `randaugment` is RandAugment's magnitude, 0 for none;
+        `start` is the number of the first batch wanted.
+        """
+        images = self.split(split)
+        count = steps(len(images), batch_size)
+        order = torch.randperm(len(images), generator=_generator(seed, epoch)) if train else torch.arange(len(images))
+        for number, chosen in enumerate(order.tensor_split(count)):
+            if number < start:
+                continue
+            pixels, labels = images[chosen]
+            pixels, labels = pixels.to(device), labels.to(device)
+            if train:
+                generator = _generator(seed, epoch, number)
+                if self.resolution >= LARGE:
+                    pixels = augment.crop_and_flip(pixels, self.resolution, self.flip, generator)
+                else:
+                    pixels = augment.shift_and_flip(pixels, max(1, self.resolution // 8), self.flip, generator)
+                if randaugment:
+                    pixels = augment.randaugment(pixels, randaugment, generator)
+            yield self.normalise(pixels), labels
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 `(n, C, side, side)` -> what the network sees: the middle, float32 `(n, C, resolution, resolution)`."""
+        edge = (pixels.shape[-1] - self.resolution) // 2
+        pixels = pixels[..., edge:edge + self.resolution, edge:edge + self.resolution]
+        mean = torch.tensor(self.mean, device=pixels.device).view(1, -1, 1, 1) * 255
+        std = torch.tensor(self.std, device=pixels.device).view(1, -1, 1, 1) * 255
+        return pixels.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
+
+
+def open_task(name: str, data: Path | None = None, *, resolution: int | None = None, seed: int = 0,
+              limit: int | None = None, search_fraction: float = 0.2) -> Task:
+    """Open one of `TASKS`.
+
+    `data`: the folder that holds the files (default: the environment variable NETSMITH_DATA, ./data, or ../shared/data
+    beside the current directory or the repository). `resolution`: pixels a side (default: the set's own; 128 for
+    folders). `seed` draws the search split and the subset; the test split never depends on it. `limit`: learn from
+    that many of the training images, search split included. Splits and subsets keep the proportions of the classes.
+    Raises `UserError` when the name is unknown or files are missing or damaged.
+    """
+    if resolution is not None and not 4 <= resolution <= 2048:
+        raise UserError(f"resolution {resolution} is out of range; allowed: 4 to 2048 pixels")
+    if not 0 < search_fraction < 1:
+        raise UserError(f"search_fraction {search_fraction} is out of range; allowed: between 0 and 1")
+    if name.startswith("folder:"):
+        task = _from_folder(name, Path(name.removeprefix("folder:")).expanduser(), resolution or 128)
+    elif name in TASKS:
+        task = _from_arrays(name, _read(name, data), resolution)
+    else:
+        raise unknown("task", name, TASKS)
+
+    generator = _generator(seed)
+    training = task.splits["train"]
+    if limit is not None:
+        least = 5 * task.classes
+        if not least <= limit <= len(training):
+            raise UserError(f"limit {limit} is out of range; {name} allows {least} (5 a class) to {len(training)}")
+        training = training.subset(_balanced(training.labels, limit, generator)[0])
+    search, train = _balanced(training.labels, round(search_fraction * len(training)), generator)
+    task.splits.update(train=training.subset(train), search=training.subset(search), trainval=training)
+    return task
+
+
+def steps(images: int, batch_size: int) -> int:
+    """How many batches an epoch has."""
+    return -(-images // batch_size)
+
+
+def _read(name: str, data: Path | None) -> files.Arrays:
+    if name == "digits":
+        return files.digits()
+    if data is not None:
+        homes = [Path(data).expanduser()]
+    elif "NETSMITH_DATA" in os.environ:
+        homes = [Path(os.environ["NETSMITH_DATA"]).expanduser()]
+    else:
+        homes = [Path("data"), Path("../shared/data"), Path(__file__).parents[4] / "shared" / "data"]
+    if data is not None and not homes[0].is_dir():
+        raise UserError(f"{name}: the data folder {homes[0]} does not exist")
+    inside = {"cifar10": ("cifar10", "cifar-10", "cifar10-small"), "cifar100": ("cifar100", "cifar-100")}
+    roots = [home / sub for home in homes for sub in (".", *inside.get(name, ()))]
+    return {"cifar10": files.cifar10, "cifar100": files.cifar100, "fashion-mnist": files.fashion_mnist}[name](roots)
+
+
+def _from_arrays(name: str, arrays: files.Arrays, resolution: int | None) -> Task:
+    pixels = arrays.train_images.reshape(-1, arrays.train_images.shape[-1])
+    # Counting how often each of the 256 values occurs needs no float copy of the whole set.
+    counts = np.stack([np.bincount(channel, minlength=256) for channel in pixels.T]) / len(pixels)
+    mean = counts @ (np.arange(256) / 255)
+    std = np.sqrt(counts @ (np.arange(256) / 255) ** 2 - mean**2)
+
+    def split(images: np.ndarray, labels: np.ndarray) -> Split:
+        tensor = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+        if resolution not in (None, tensor.shape[-1]):
+            parts = [F.interpolate(part, size=(resolution, resolution), mode="bilinear", antialias=True)
+                     for part in tensor.split(1000)]
+            tensor = torch.cat(parts)
+        return Split(tensor, torch.arange(len(tensor)), torch.from_numpy(labels.astype(np.int64)))
+
+    return Task(
+        name=name, class_names=arrays.class_names, channels=arrays.train_images.shape[-1],
+        resolution=resolution or arrays.train_images.shape[1],
+        mean=tuple(mean.tolist()), std=tuple(std.tolist()), source=str(arrays.source), flip=name != "digits",
+        splits={"train": split(arrays.train_images, arrays.train_labels),
+                "test": split(arrays.test_images, arrays.test_labels)})
+
+
+def _from_folder(name: str, directory: Path, resolution: int) -> Task:
+    found, class_names = find_images(directory)
+    # Margin around the crop: an evaluation image is the middle 7/8, as ImageNet's 224 of 256.
+    side = round(resolution * 8 / 7) if resolution >= LARGE else resolution
+
+    def split(images: list, labels: list[int]) -> Split:
+        return Split(FolderImages(images, side), torch.arange(len(images)), torch.tensor(labels))
+
+    splits = {key: split(*value) for key, value in found.items()}
+    everything = splits.pop("all", splits.get("train"))
+    assert everything is not None  # find_images saw to it
+    if few := [name for label, name in enumerate(class_names) if (everything.labels == label).sum() < 3]:
+        raise UserError(f"folder:{directory}: class {few[0]!r} has fewer than 3 training images")
+    if "test" not in splits:
+        test, train = _balanced(everything.labels, round(0.2 * len(everything)), _generator(0))
+        splits.update(train=everything.subset(train), test=everything.subset(test))
+    # ImageNet's mean and std: the images' own would mean decoding every one before the first batch.
+    mean, std = IMAGENET
+    return Task(name=name, class_names=class_names, channels=3, resolution=resolution, mean=mean, std=std,
+                source=str(directory), splits=splits)
+
+
+def _balanced(labels: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`count` indices in the proportions of the classes, and the rest; both in ascending order.
+
+    Each class gives its exact share rounded down; the images still wanted come from the largest remainders.
+    """
+    of_class = [(labels == label).nonzero().flatten() for label in labels.unique()]
+    shares = np.array([count * len(members) / len(labels) for members in of_class])
+    quota = np.floor(shares).astype(int)
+    for c in np.argsort(quota - shares, kind="stable")[: count - quota.sum()]:
+        quota[c] += 1
+    chosen = torch.cat([members[torch.randperm(len(members), generator=generator)[:n]]
+                        for members, n in zip(of_class, quota.tolist(), strict=True)])
+    rest = torch.ones(len(labels), dtype=torch.bool)
+    rest[chosen] = False
+    return chosen.sort().values, rest.nonzero().flatten()
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """A generator of its own for every tuple of numbers, mixed by numpy: neighbouring seeds must not correlate."""
+    return torch.Generator().manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1))
