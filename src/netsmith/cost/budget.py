@@ -21,21 +21,21 @@ _SAME = ("us", "μs", "K", "KB")  # other spellings, understood but not written
 # metric -> (its unit, what may be written behind the number and what that is worth in the unit, an example)
 _METRICS: dict[str, tuple[str, dict[str, float], str]] = {
     "latency": ("ms", _TIMES, "latency<=5ms"),
-    "params": ("parameters", _COUNTS, "params<=1M"),
-    "macs": ("MACs", _COUNTS, "macs<=30M"),
-    "peak_memory": ("bytes", _SIZES, "peak_memory<=256kB"),
-    "file": ("bytes", _SIZES, "file<=1MB"),
+    "params": ("", _COUNTS, "params<=1M"),
+    "macs": ("", _COUNTS, "macs<=30M"),
+    "peak_memory": ("B", _SIZES, "peak_memory<=256kB"),
+    "file": ("B", _SIZES, "file<=1MB"),
 }
 _PREFIXES = {
     "ms": ("ms", {"s": 1e3, "ms": 1.0, "µs": 1e-3, "ns": 1e-6}),
-    "bytes": ("B", {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}),
+    "B": ("B", {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}),
 }
 _ALIASES = {"size": "file"}
 
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `limit` of a metric, in the metric's unit (ms, parameters, MACs, bytes) or, if relative, in shares of the
+    """At most `limit` of a metric, in the unit of its cost ("ms", "B" for bytes, "" for counts) or, if relative, in shares of the
     reference network's. `str()` gives text that `parse` reads back to the same budget."""
 
     metric: str
@@ -86,7 +86,7 @@ def parse_budgets(texts: Sequence[str]) -> list[list[Budget]]:
 
 
 def show(value: float, unit: str) -> str:
-    """A value with three digits and the prefix that fits: 0.0812 ms is "81.2 µs", 1234567 parameters are "1.23M"."""
+    """A value with three digits and the prefix that fits: 0.0812 "ms" is "81.2 µs", 1234567 "" is "1.23M"."""
     base, steps = _PREFIXES.get(unit, ("", {"G": 1e9, "M": 1e6, "k": 1e3, "": 1.0}))
     space = " " if base else ""
     if value == 0 or not math.isfinite(value):
