@@ -123,10 +123,11 @@ class Width(Decision):
         layer after the mask is linear, this equals the mixture of the separately computed widths (FBNetV2's masks).
         """
         indices, weights = self.draw()
-        widths = torch.tensor([self.options[i] for i in indices], device=weights.device)
-        channels = int(widths.max())
+        drawn = [self.options[i] for i in indices]
+        channels = max(drawn)
         if len(indices) == 1 and not weights.requires_grad:
             return channels, None
+        widths = torch.tensor(drawn, device=weights.device)
         exists = torch.arange(channels, device=weights.device) < widths[:, None]
         return channels, weights @ exists.to(weights.dtype)
 

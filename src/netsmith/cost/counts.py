@@ -23,6 +23,7 @@ class Params:
 
     name = "params"
     unit = ""
+    counted = True
 
     def __call__(self, module: nn.Module, input_shape: Shape) -> float:
         return float(sum(parameter.numel() for parameter in module.parameters()))
@@ -34,6 +35,7 @@ class Macs:
 
     name = "macs"
     unit = ""
+    counted = True
 
     def __call__(self, module: nn.Module, input_shape: Shape) -> float:
         return count_macs(module, input_shape)
@@ -49,6 +51,7 @@ class FileBytes:
 
     name = "file"
     unit = "B"
+    counted = True
 
     def __call__(self, module: nn.Module, input_shape: Shape) -> float:
         shipped = sum(parameter.numel() for parameter in module.parameters())
@@ -69,9 +72,7 @@ def count_macs(module: nn.Module, input_shape: Shape) -> float:
 
 
 def to_meta(module: nn.Module) -> nn.Module:
-    """The module in eval mode without its numbers: shapes only, no memory."""
-    if any(tensor.device.type != "meta" for tensor in module.state_dict().values()):
-        memo = {id(t): t.to("meta") for t in (*module.parameters(), *module.buffers())}
-        memo = {k: nn.Parameter(v, False) if isinstance(v, nn.Parameter) else v for k, v in memo.items()}
-        module = copy.deepcopy(module, memo)
-    return module.eval()
+    """A copy of the module in eval mode without its numbers: shapes only, no memory."""
+    memo: dict[int, object] = {id(p): nn.Parameter(p.detach().to("meta"), False) for p in module.parameters()}
+    memo.update({id(buffer): buffer.to("meta") for buffer in module.buffers()})
+    return copy.deepcopy(module, memo).eval()

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
-from netsmith.cost.counts import Shape
+from netsmith.cost.counts import Shape, to_meta
 from netsmith.decisions import Decision, OneOf, Option, Width, _only_width, decisions, parents
 from netsmith.errors import UserError
 
@@ -64,29 +65,35 @@ class Atom:
 
 
 def atoms(supernet: nn.Module, input_shape: Shape) -> list[Atom]:
-    """All atoms with their input shapes, found by one forward pass through every option."""
+    """All atoms with their input shapes, found by one forward pass of a copy without numbers through every option.
+
+    Raises: UserError for what would have no price, or one price for two runs.
+    """
+    shadow = to_meta(supernet)
     found = list(_walk("", supernet, None))
     shapes: dict[int, Shape] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if id(module) in shapes and _has_parameters(module):
+            raise UserError(f"{module} runs twice in one pass: its price would count once only")
         shapes[id(module)] = tuple(inputs[0].shape[1:])  # pyright: ignore[reportArgumentType]
 
-    hooks = [module.register_forward_pre_hook(note) for _, module, _, _ in found]
-    drawn = {path: decision.drawn for path, decision in decisions(supernet).items()}
-    training = supernet.training
-    try:
-        for decision in decisions(supernet).values():
-            decision.drawn = None
-        with torch.no_grad():
-            example = next(supernet.parameters())
-            supernet.eval()(torch.zeros(1, *input_shape, dtype=example.dtype, device=example.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for path, decision in decisions(supernet).items():
-            decision.drawn = drawn[path]
-        supernet.train(training)
-    return [Atom(path, m, shapes[id(m)], owner, width) for path, m, owner, width in found if id(m) in shapes]
+    shadows = {path: shadow.get_submodule(path) for path, _, _, _ in found}
+    for module in shadows.values():
+        module.register_forward_pre_hook(note)
+    dtype = next((p.dtype for p in supernet.parameters() if p.is_floating_point()), None)
+    with torch.no_grad():
+        shadow(torch.zeros(1, *input_shape, dtype=dtype, device="meta"))
+
+    for path, module in shadows.items():
+        if id(module) not in shapes and _has_parameters(module):
+            raise UserError(f"{path!r} has parameters but does not run on {input_shape}: its price is unknown")
+    ran = ((path, m, shapes.get(id(shadows[path])), owner, width) for path, m, owner, width in found)
+    return [Atom(path, m, shape, owner, width) for path, m, shape, owner, width in ran if shape is not None]
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
 
 
 def _walk(
@@ -101,6 +108,9 @@ def _walk(
         name, _ = _only_width(path, module, owned)
         yield path, module, owner, f"{path}.{name}".lstrip(".")
     elif any(isinstance(inner, Decision) for inner in module.modules()):
+        if next(module.parameters(recurse=False), None) is not None:
+            raise UserError(f"{type(module).__name__} at {path!r} has parameters of its own beside a decision inside: "
+                            "move them into a child module, so that they have a price")
         for name, child in module.named_children():
             yield from _walk(f"{path}.{name}".lstrip("."), child, owner)
     else:
@@ -109,19 +119,53 @@ def _walk(
 
 def tabulate(supernet: nn.Module, price: Price, input_shape: Shape) -> Prices:
     """Price every atom. ``price(module, shape)`` must be a cost that adds up over atoms."""
+    known: dict[tuple, float | dict[Option, float]] = {}
     constant = 0.0
     options: Options = {p: dict.fromkeys(d.options, 0.0) for p, d in decisions(supernet).items()}
     for atom in atoms(supernet, input_shape):
-        if atom.width is not None:
-            with torch.device("meta"):
-                row = {n: price(atom.at(n), atom.shape) for n in options[atom.width]}
-            options[atom.width] = row
+        # Spaces repeat the same few blocks many times: what prints alike and has the same input costs the same.
+        widths = tuple(options[atom.width]) if atom.width is not None else ()
+        key = (repr(atom.module), widths, atom.shape)
+        if key not in known:
+            known[key] = _along(price, atom, widths) if widths else price(atom.module, atom.shape)
+        found = known[key]
+        if isinstance(found, dict):
+            assert atom.width is not None
+            options[atom.width] = dict(found)
         elif atom.owner is None:
-            constant += price(atom.module, atom.shape)
+            constant += found
         else:
             path, option = atom.owner
-            options[path][option] += price(atom.module, atom.shape)
+            options[path][option] += found
     return Prices(constant, options, getattr(price, "unit", ""))
+
+
+def _along(price: Price, atom: Atom, widths: tuple[Option, ...]) -> dict[Option, float]:
+    """The price at every width. A count is a polynomial in the one width that varies, of degree 2 at most: three
+    priced widths determine it exactly, and a fourth proves it."""
+
+    def at(width: Option) -> float:
+        with torch.device("meta"):
+            return price(atom.at(width), atom.shape)
+
+    if getattr(price, "counted", False) and len(widths) > 4:
+        nodes = [int(widths[i]) for i in (0, len(widths) // 2, -1)]
+        values = [Fraction(at(n)) for n in nodes]
+
+        def polynomial(width: Option) -> float:
+            return float(sum(v * _lagrange(int(width), n, nodes) for n, v in zip(nodes, values, strict=True)))
+
+        if polynomial(widths[1]) == at(widths[1]):
+            return {n: polynomial(n) for n in widths}
+    return {n: at(n) for n in widths}
+
+
+def _lagrange(x: int, node: int, nodes: list[int]) -> Fraction:
+    product = Fraction(1)
+    for other in nodes:
+        if other != node:
+            product *= Fraction(x - other, node - other)
+    return product
 
 
 def expected(supernet: nn.Module, prices: Prices, *, drawn: bool = False) -> Tensor:
@@ -132,7 +176,7 @@ def expected(supernet: nn.Module, prices: Prices, *, drawn: bool = False) -> Ten
     """
     outer = parents(supernet)
     weight: dict[tuple[str, Option], Tensor] = {}
-    total = torch.tensor(prices.constant)
+    total = torch.tensor(prices.constant, dtype=torch.float64)
     for path, decision in decisions(supernet).items():
         reached = weight.get(outer[path]) if path in outer else torch.tensor(1.0)
         if reached is None:
@@ -141,8 +185,9 @@ def expected(supernet: nn.Module, prices: Prices, *, drawn: bool = False) -> Ten
             indices, probabilities = decision.draw()
         else:
             indices, probabilities = range(len(decision.options)), decision.logits.softmax(0)
-        for i, p in zip(indices, probabilities, strict=True):
-            option = decision.options[i]
-            weight[path, option] = reached.to(p) * p
-            total = total.to(p) + weight[path, option] * prices.at(path, option)
+        options = [decision.options[i] for i in indices]
+        reaching = reached.to(probabilities) * probabilities
+        total = total.to(reaching) + reaching @ reaching.new_tensor([prices.at(path, option) for option in options])
+        if isinstance(decision, OneOf):
+            weight.update({(path, option): p for option, p in zip(options, reaching, strict=True)})
     return total
