@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 
 GROUP = 8
 
@@ -34,6 +33,8 @@ def shift_and_flip(images: Tensor, padding: int, flip: bool, generator: torch.Ge
 
 def crop_and_flip(images: Tensor, resolution: int, flip: bool, generator: torch.Generator) -> Tensor:
     """v2.RandomResizedCrop to `resolution` and mirroring, each image with its own draw. `(n, C, H, W)` uint8."""
+    from torchvision.transforms import v2  # takes 2.5 s to load, and small images do without
+
     crop = v2.RandomResizedCrop(resolution, scale=(0.35, 1.0), antialias=True)
     transform = v2.Compose([crop, v2.RandomHorizontalFlip()]) if flip else crop
     with _seeded(generator):
@@ -45,6 +46,8 @@ def randaugment(images: Tensor, magnitude: int, generator: torch.Generator) -> T
 
     Groups of eight neighbours in the (shuffled) batch share a draw: alone, each image would cost 0.7 ms.
     """
+    from torchvision.transforms import v2
+
     transform = v2.RandAugment(num_ops=2, magnitude=magnitude)
     with _seeded(generator):
         return torch.cat([transform(group) for group in images.split(GROUP)])

@@ -105,7 +105,7 @@ def find_images(directory: Path) -> tuple[dict[str, tuple[list[ImageFile], list[
         raise UserError(f"folder:{directory} has {', '.join(sorted(found))} but no train folder; {layout}")
     names: tuple[str, ...] = tuple(sorted({name for name, _ in found.get("train", found.get("all", []))}))
     if len(names) < 2:
-        raise UserError(f"folder:{directory} has a single class ({names[-1]!r}); a classifier needs two or more")
+        raise UserError(f"folder:{directory} has a single class ({''.join(names)!r}); a classifier needs two or more")
     for split, files in found.items():
         if strange := {name for name, _ in files} - set(names):
             raise UserError(f"folder:{directory}: {split} has class {sorted(strange)[0]!r}, which train has not")

@@ -1,0 +1,77 @@
+"""How a network is trained: one dataclass, everything that `train` needs beside the network and the task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from netsmith.errors import UserError
+
+if TYPE_CHECKING:
+    from netsmith.tasks.classification import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The defaults suit small networks on small images; `Recipe.default(task)` looks at the task."""
+
+    epochs: int = 30
+    """Passes over the training images; the schedule spans them."""
+    batch_size: int = 128
+    """Images a step."""
+    optimizer: Literal["sgd", "adamw", "rmsprop"] = "sgd"
+    """sgd: with Nesterov momentum; rmsprop: TensorFlow's, as the EfficientNet papers mean it."""
+    learning_rate: float = 0.1
+    """Its peak, right after the warm-up; not scaled by the batch size."""
+    momentum: float = 0.9
+    """Momentum of sgd and rmsprop, beta 1 of adamw."""
+    weight_decay: float = 5e-4
+    """On weights of two and more dimensions; norms, biases and logits of decisions have none."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes from its peak to 0 (constant: it stays)."""
+    warmup_epochs: float = 1.0
+    """Epochs over which the learning rate rises from 0."""
+    label_smoothing: float = 0.1
+    """Part of the target that is spread evenly over all classes (Szegedy et al. 2016)."""
+    ema: float | None = 0.999
+    """Decay a step of the moving average of the weights that becomes the result; warms up; none: the last weights."""
+    mixup: float = 0.0
+    """Alpha of mixup (Zhang et al. 2018); 0: off."""
+    cutmix: float = 0.0
+    """Alpha of CutMix (Yun et al. 2019); 0: off. With both, a coin chooses for each batch."""
+    randaugment: int = 0
+    """Magnitude of RandAugment, two operations; 0: off."""
+    distillation: float = 0.0
+    """Weight of the teacher's distribution in the loss, 0 to 1 (Hinton et al. 2015); 0: off."""
+    temperature: float = 4.0
+    """Of teacher and student in the distillation loss."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: forward and backward in bfloat16 where torch's autocast allows; weights stay float32."""
+
+    def __post_init__(self) -> None:
+        for names, legal, allowed in (
+            (("epochs", "batch_size"), lambda v: v >= 1, "1 or more"),
+            (("learning_rate", "temperature"), lambda v: v > 0, "above 0"),
+            (("weight_decay", "warmup_epochs", "mixup", "cutmix"), lambda v: v >= 0, "0 or more"),
+            (("momentum", "label_smoothing"), lambda v: 0 <= v < 1, "0 to below 1"),
+            (("ema",), lambda v: v is None or 0 < v < 1, "none, or between 0 and 1"),
+            (("randaugment",), lambda v: 0 <= v <= 30, "0 to 30"),
+            (("distillation",), lambda v: 0 <= v <= 1, "0 to 1"),
+            (("optimizer",), lambda v: v in ("sgd", "adamw", "rmsprop"), "sgd, adamw, rmsprop"),
+            (("schedule",), lambda v: v in ("cosine", "linear", "constant"), "cosine, linear, constant"),
+            (("precision",), lambda v: v in ("fp32", "bf16"), "fp32, bf16"),
+        ):
+            for name in names:
+                if not legal(value := getattr(self, name)):
+                    raise UserError(f"recipe.{name} is {value!r}; allowed: {allowed}")
+
+    @classmethod
+    def default(cls, task: Task) -> Recipe:
+        """A sensible start for the task's number and size of images, for networks of up to some million parameters."""
+        images = len(task.splits["trainval"])
+        # Small sets need more passes: about 400,000 images are seen, in 15 to 60 epochs.
+        epochs = max(15, min(60, round(400_000 / images)))
+        if task.resolution >= 64:
+            return cls(epochs=epochs, batch_size=64, learning_rate=0.05)
+        # Below 3,000 images a batch of 128 leaves too few steps an epoch.
+        return cls(epochs=epochs, batch_size=128 if images > 3000 else 32)
