@@ -35,8 +35,8 @@ _ALIASES = {"size": "file"}
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `limit` of a metric, in the unit of its cost ("ms", "B" for bytes, "" for counts) or, if relative, in shares of the
-    reference network's. `str()` gives text that `parse` reads back to the same budget."""
+    """At most `limit` of a metric, in the unit of its cost ("ms", "B" for bytes, "" for counts) or, if relative, in
+    shares of the reference network's. `str()` gives text that `parse` reads back to the same budget."""
 
     metric: str
     limit: float
