@@ -6,7 +6,6 @@ a string.
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 
@@ -40,7 +39,8 @@ def sample(model: nn.Module, generator: torch.Generator) -> Architecture:
 
 def mutate(model: nn.Module, architecture: Mapping[str, Option], generator: torch.Generator) -> Architecture:
     """Re-draw one decision, and whatever newly opens below it; all else stays."""
-    open_ = [path for path in architecture if len(decisions(model)[path].options) > 1]
+    found = decisions(model)
+    open_ = [path for path in architecture if len(found[path].options) > 1]
     if not open_:
         return dict(architecture)
     changed = pick(open_, generator)
@@ -72,14 +72,21 @@ def argmax(model: nn.Module) -> Architecture:
 
 def enumerate_architectures(model: nn.Module) -> Iterator[Architecture]:
     """Every architecture of the space, once. For small spaces and tests."""
-    found = decisions(model)
-    seen = set()
-    for choice in itertools.product(*(decision.options for decision in found.values())):
-        chosen = dict(zip(found, choice, strict=True))
-        architecture = assemble(model, lambda path, _, chosen=chosen: chosen[path])
-        if (key := dumps(architecture)) not in seen:
-            seen.add(key)
+    outer = parents(model)
+    found = list(decisions(model).items())
+
+    def extend(architecture: Architecture, i: int) -> Iterator[Architecture]:
+        if i == len(found):
             yield architecture
+            return
+        path, decision = found[i]
+        if path in outer and architecture.get(outer[path][0]) != outer[path][1]:
+            yield from extend(architecture, i + 1)
+            return
+        for option in decision.options:
+            yield from extend({**architecture, path: option}, i + 1)
+
+    return extend({}, 0)
 
 
 def check(model: nn.Module, architecture: Mapping[str, Option]) -> None:

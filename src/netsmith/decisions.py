@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -63,7 +63,9 @@ class Decision(nn.Module):
             raise UserError(f"option {option!r} is the last of its decision and cannot be removed")
         kept = [i for i in range(len(self.options)) if i != index]
         self.options.pop(index)
-        self.logits = nn.Parameter(self.logits.detach()[kept].clone())
+        # The parameter stays the same object, so that an optimizer goes on training it.
+        self.logits.data = self.logits.detach()[kept].clone()
+        self.logits.grad = None
         self.drawn = None
         return kept
 
@@ -135,21 +137,25 @@ class Width(Decision):
         return f"{self.options[0]}..{self.maximum}" if len(self.options) > 1 else str(self.maximum)
 
 
+def walk(
+    model: nn.Module, path: str = "", owner: tuple[str, str] | None = None
+) -> Iterator[tuple[str, Decision, tuple[str, str] | None]]:
+    """Every open decision, outer before inner: its path, itself, and the decision and option it is nested in."""
+    if isinstance(model, Decision):
+        yield path, model, owner
+    for name, child in model.named_children():
+        inner = (path, name) if isinstance(model, OneOf) else owner
+        yield from walk(child, f"{path}.{name}" if path else name, inner)
+
+
 def decisions(model: nn.Module) -> dict[str, Decision]:
     """All open decisions by path (the module's qualified name), outer before inner."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, Decision)}
+    return {path: decision for path, decision, _ in walk(model)}
 
 
 def parents(model: nn.Module) -> dict[str, tuple[str, str]]:
     """For each nested decision the decision it depends on and the option it belongs to: ``{path: (outer, option)}``."""
-    choices = [path for path, decision in decisions(model).items() if isinstance(decision, OneOf)]
-    found = {}
-    for path in decisions(model):
-        around = [outer for outer in choices if path.startswith(f"{outer}." if outer else "") and outer != path]
-        if around:
-            outer = max(around, key=len)
-            found[path] = (outer, path[len(outer) + 1 if outer else 0 :].split(".")[0])
-    return found
+    return {path: owner for path, _, owner in walk(model) if owner is not None}
 
 
 def logits(model: nn.Module) -> list[nn.Parameter]:

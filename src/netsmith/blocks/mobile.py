@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from netsmith.decisions import Width
+from netsmith.errors import UserError
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -22,6 +23,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "hardswish": nn.Hardswish,
     "none": nn.Identity,
 }
+GATES: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "hard": nn.Hardsigmoid}
 
 
 def make_divisible(value: float, divisor: int = 8) -> int:
@@ -87,23 +89,26 @@ class ConvBn(nn.Module):
 
 
 class SqueezeExcite(nn.Module):
-    """Scale channels by a gate computed from their means (Hu et al. 2018)."""
+    """Scale channels by a gate computed from their means (Hu et al. 2018).
 
-    def __init__(self, channels: int, reduced: int, *, act: str = "relu") -> None:
+    ``gate="hard"`` is MobileNetV3's form: ReLU inside whatever the block's activation, hard sigmoid at the end.
+    """
+
+    def __init__(self, channels: int, reduced: int, *, act: str = "relu", gate: str = "sigmoid") -> None:
         super().__init__()
         self.reduce = nn.Conv2d(channels, reduced, 1)
-        self.act = _activation(act)
+        self.act = _activation("relu" if gate == "hard" else act)
         self.expand = nn.Conv2d(reduced, channels, 1)
+        self.gate = GATES[gate]()
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.expand(self.act(self.reduce(x.mean((2, 3), keepdim=True))))
-        return x * gate.sigmoid()
+        return x * self.gate(self.expand(self.act(self.reduce(x.mean((2, 3), keepdim=True)))))
 
     def narrow(self, x: Tensor, channels: int) -> Tensor:
         reduced = F.conv2d(x.mean((2, 3), keepdim=True), self.reduce.weight[:, :channels], self.reduce.bias)
         assert self.expand.bias is not None
         gate = F.conv2d(self.act(reduced), self.expand.weight[:channels], self.expand.bias[:channels])
-        return x * gate.sigmoid()
+        return x * self.gate(gate)
 
     @torch.no_grad()
     def copy_from(self, wide: SqueezeExcite) -> None:
@@ -133,11 +138,12 @@ class _Inverted(nn.Module):
         self.width = hidden.maximum if isinstance(hidden, Width) else hidden
         self.residual = options["stride"] == 1 and inputs == outputs
         reduced = options["squeeze"]
-        self.squeeze = SqueezeExcite(self.width, reduced, act=options["act"]) if reduced else None
+        gate = options.get("gate", "sigmoid")
+        self.squeeze = SqueezeExcite(self.width, reduced, act=options["act"], gate=gate) if reduced else None
         self.project = ConvBn(self.width, outputs, groups=options.get("groups", 1), act="none", eps=options["eps"])
         rate = options["drop_path"]
         if rate and self.residual:
-            from timm.layers import DropPath
+            from timm.layers.drop import DropPath
 
             self.drop_path = DropPath(rate)
         else:
@@ -181,7 +187,10 @@ class _Inverted(nn.Module):
 
     def sliced(self, width: int) -> _Inverted:
         """The same block, physically ``width`` wide, with this one's weights."""
-        block = self.at(width).to(self.project.conv.weight)
+        weight = self.project.conv.weight
+        with torch.device("meta"):  # its numbers come from here: draw none
+            block = self.at(width)
+        block = block.to(weight.dtype).to_empty(device=weight.device)
         for mine, wide in zip(block.opening(), self.opening(), strict=True):
             mine.copy_from(wide)
         block.project.copy_from(self.project)
@@ -198,8 +207,10 @@ class MBConv(_Inverted):
     """Inverted residual: 1x1 expansion, depthwise kxk, 1x1 projection (Sandler et al. 2018; FBNet's block with groups).
 
     Args: ``hidden`` channels between the 1x1 convolutions (a number or an open `Width`); ``groups`` of both 1x1
-    convolutions, with a channel shuffle after the first; ``squeeze`` reduced channels of squeeze-excite, 0 for none;
-    ``expand=False`` leaves out the first 1x1 (only where ``hidden == inputs``).
+    convolutions, with a channel shuffle after the first; ``squeeze`` reduced channels of squeeze-excite, 0 for none,
+    and its ``gate``; ``expand=False`` leaves out the first 1x1 (only where ``hidden == inputs``).
+
+    Raises: UserError for an open width with groups, or with ``expand=False``.
     """
 
     def __init__(
@@ -212,12 +223,17 @@ class MBConv(_Inverted):
         stride: int = 1,
         groups: int = 1,
         squeeze: int = 0,
+        gate: str = "sigmoid",
         act: str = "relu",
         expand: bool = True,
         eps: float = 1e-5,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__({k: v for k, v in locals().items() if k not in ("self", "__class__")})
+        if groups > 1 and isinstance(hidden, Width):
+            raise UserError("a grouped MBConv cannot have an open width: slicing would cross the groups")
+        if not expand and hidden != inputs:
+            raise UserError(f"an MBConv without expansion keeps its {inputs} channels; given hidden={hidden}")
         self.expand = ConvBn(inputs, self.width, groups=groups, act=act, eps=eps) if expand else None
         self.shuffle = nn.ChannelShuffle(groups) if groups > 1 else nn.Identity()
         self.depthwise = ConvBn(self.width, self.width, kernel, stride=stride, groups=self.width, act=act, eps=eps)
@@ -274,7 +290,7 @@ class Head(nn.Module):
         return self.text
 
 
-DEFAULTS = {"stride": 1, "groups": 1, "squeeze": 0, "act": "relu", "expand": True}
+DEFAULTS = {"stride": 1, "groups": 1, "squeeze": 0, "gate": "sigmoid", "act": "relu", "expand": True}
 
 
 def _text(kind: type, inputs: int, outputs: int, **options: Any) -> str:

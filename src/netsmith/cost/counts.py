@@ -10,7 +10,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 Shape = tuple[int, int, int]
@@ -65,10 +65,16 @@ def count_macs(module: nn.Module, input_shape: Shape) -> float:
     """Exact MACs of one image of ``input_shape``. Raises what the module's own forward raises on a wrong shape."""
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        to_meta(module)(torch.empty(1, *input_shape, device="meta"))
+        to_meta(module)(image(module, input_shape))
     flops = counter.get_total_flops()
     assert flops % 2 == 0
     return flops / 2
+
+
+def image(module: nn.Module, shape: Shape) -> Tensor:
+    """An image for `to_meta(module)`: ``(1, channels, height, width)``, of the module's own precision."""
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    return torch.empty(1, *shape, dtype=dtype, device="meta")
 
 
 def to_meta(module: nn.Module) -> nn.Module:

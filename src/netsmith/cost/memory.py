@@ -9,15 +9,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from netsmith.cost.counts import Shape, to_meta
+from netsmith.cost.counts import Shape, image, to_meta
 from netsmith.errors import UserError
 
-IN_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Identity, nn.Dropout, nn.Flatten)
-IN_PLACE_CALLS = ("sigmoid", "relu", "flatten", "view", "reshape", "contiguous")
+ALIASES = (nn.Identity, nn.Dropout, nn.Flatten)
+"""Hand the same memory on."""
+IN_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.Sigmoid, nn.Hardsigmoid)
+"""Overwrite their input, where nothing later reads it."""
+ALIAS_CALLS = ("flatten", "view", "reshape", "contiguous", "dropout", "chunk", "split")
+IN_PLACE_CALLS = ("relu", "relu6", "silu", "hardswish", "sigmoid", "hardsigmoid")
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def peak_elements(module: nn.Module, input_shape: Shape) -> int:
     shaped = to_meta(module)
     try:
         graph = fx.symbolic_trace(shaped)
-        ShapeProp(graph).propagate(torch.empty(1, *input_shape, device="meta"))
+        ShapeProp(graph).propagate(image(module, input_shape))
     except Exception as error:
         raise UserError(f"peak memory of {type(module).__name__} is unknown: it cannot be traced ({error})") from error
     return peak_of(*_liveness(graph))
@@ -50,28 +53,47 @@ def peak_elements(module: nn.Module, input_shape: Shape) -> int:
 
 def _liveness(graph: fx.GraphModule) -> tuple[list[tuple[int, int, list[int]]], dict[int, int]]:
     """Operators as ``(output buffer, its size, input buffers)`` and the size of each buffer; views share a buffer."""
+    position = {node: i for i, node in enumerate(graph.graph.nodes)}
+    holders: list[list[fx.Node]] = []
     buffer: dict[fx.Node, int] = {}
     sizes: dict[int, int] = {}
     operators: list[tuple[int, int, list[int]]] = []
     for node in graph.graph.nodes:
-        meta = node.meta.get("tensor_meta")
+        size = _elements(node.meta.get("tensor_meta"))
         inputs = [buffer[n] for n in node.all_input_nodes if n in buffer]
-        if node.op == "output" or meta is None or not hasattr(meta, "shape"):
+        if node.op == "output" or not size:
             continue
-        if inputs and _in_place(graph, node):
+        if inputs and _shares(graph, node, [user for n in holders[inputs[0]] for user in n.users], position):
             buffer[node] = inputs[0]
+            holders[inputs[0]].append(node)
             continue
         buffer[node] = len(sizes)
-        sizes[len(sizes)] = meta.shape.numel()
-        operators.append((buffer[node], sizes[buffer[node]], inputs))
+        holders.append([node])
+        sizes[len(sizes)] = size
+        operators.append((buffer[node], size, inputs))
     return operators, sizes
 
 
-def _in_place(graph: fx.GraphModule, node: fx.Node) -> bool:
+def _elements(meta: object) -> int:
+    """Elements of a traced value: a tensor, a tuple of tensors (``chunk``), or 0 for what is no tensor."""
+    shape = getattr(meta, "shape", None)
+    if shape is not None:
+        return shape.numel()
+    return sum(_elements(part) for part in meta) if isinstance(meta, tuple | list) else 0
+
+
+def _shares(graph: fx.GraphModule, node: fx.Node, readers: list[fx.Node], position: dict[fx.Node, int]) -> bool:
+    """Whether the operator writes no memory of its own; ``readers`` are all that read what it would overwrite."""
+    last = all(position[reader] <= position[node] for reader in readers)
     if node.op == "call_module":
-        return isinstance(graph.get_submodule(str(node.target)), IN_PLACE)
+        module = graph.get_submodule(str(node.target))
+        return isinstance(module, ALIASES) or (isinstance(module, IN_PLACE) and last)
+    if node.op not in ("call_method", "call_function"):
+        return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_method", "call_function") and name in IN_PLACE_CALLS
+    if name == "getitem":  # of a tuple: one of its parts
+        return not hasattr(node.all_input_nodes[0].meta["tensor_meta"], "shape")
+    return name in ALIAS_CALLS or (name in IN_PLACE_CALLS and last)
 
 
 def peak_of(operators: list[tuple[int, int, list[int]]], sizes: dict[int, int]) -> int:

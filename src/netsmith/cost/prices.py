@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from netsmith.cost.counts import Shape, to_meta
+from netsmith.cost.counts import Shape, image, to_meta
 from netsmith.decisions import Decision, OneOf, Option, Width, _only_width, decisions, parents
 from netsmith.errors import UserError
 
@@ -81,9 +81,8 @@ def atoms(supernet: nn.Module, input_shape: Shape) -> list[Atom]:
     shadows = {path: shadow.get_submodule(path) for path, _, _, _ in found}
     for module in shadows.values():
         module.register_forward_pre_hook(note)
-    dtype = next((p.dtype for p in supernet.parameters() if p.is_floating_point()), None)
     with torch.no_grad():
-        shadow(torch.zeros(1, *input_shape, dtype=dtype, device="meta"))
+        shadow(image(supernet, input_shape))
 
     for path, module in shadows.items():
         if id(module) not in shapes and _has_parameters(module):
@@ -109,8 +108,10 @@ def _walk(
         yield path, module, owner, f"{path}.{name}".lstrip(".")
     elif any(isinstance(inner, Decision) for inner in module.modules()):
         if next(module.parameters(recurse=False), None) is not None:
-            raise UserError(f"{type(module).__name__} at {path!r} has parameters of its own beside a decision inside: "
-                            "move them into a child module, so that they have a price")
+            raise UserError(
+                f"{type(module).__name__} at {path!r} has parameters of its own beside a decision inside: "
+                "move them into a child module, so that they have a price"
+            )
         for name, child in module.named_children():
             yield from _walk(f"{path}.{name}".lstrip("."), child, owner)
     else:

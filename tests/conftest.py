@@ -1,0 +1,54 @@
+"""Shared by the tests of the core: a small space with every kind of nesting."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
+from netsmith.decisions import OneOf, Width
+
+torch.set_num_threads(1)  # two threads on a busy core wait for each other: ten times the time
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+@pytest.fixture
+def nested() -> Callable[[], nn.Module]:
+    """Three layers, 6 x 2 x 4 = 48 architectures, for images ``(3, 8, 8)``; float64, random batch norms."""
+
+    def build() -> nn.Module:
+        first = OneOf(
+            {
+                "k3": MBConv(8, 8, hidden=Width((4, 8, 16))),
+                "k5": MBConv(8, 8, kernel=5, hidden=Width((8, 24)), squeeze=4),
+                "skip": nn.Identity(),
+            }
+        )
+        inner = OneOf({"conv": ConvBn(12, 12, 3), "skip": nn.Identity()})
+        deep = nn.Sequential(MBConv(12, 12, hidden=24), inner)
+        third = OneOf({"fused": FusedMBConv(12, 12, hidden=Width((4, 12))), "deep": deep})
+        second = MBConv(8, 12, hidden=Width((8, 16)), stride=2)
+        parts = OrderedDict(stem=ConvBn(3, 8, 3), first=first, second=second, third=third, head=Head(12, 16, 5))
+        return randomize(nn.Sequential(parts).double())
+
+    return build
+
+
+def randomize(model: nn.Module) -> nn.Module:
+    """Batch norms as after some training, so that no statistic hides a wrong slice."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_()
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2)
+    return model
