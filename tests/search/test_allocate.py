@@ -284,10 +284,29 @@ def test_an_answer_over_the_limit_is_cut_off_and_the_next_is_taken(monkeypatch):
 def test_time_and_trouble_are_said(monkeypatch):
     values = {"a": {"x": 3.0, "y": 2.0}}
     for status, message in ((1, "within the time limit"), (4, "the solver failed on the knapsack: numerical")):
-        answer = SimpleNamespace(status=status, x=None, message="numerical trouble", mip_gap=None)
+        answer = SimpleNamespace(status=status, x=None, message="numerical trouble")
         monkeypatch.setattr(scipy.optimize, "milp", lambda *_, answer=answer, **__: answer)
         with pytest.raises(Unsolved, match=message):
             allocate(values, [])
+
+
+@pytest.mark.parametrize("core", [2, 0])
+def test_out_of_time_the_best_so_far_comes_along(monkeypatch, core):
+    monkeypatch.setattr(module, "_CORE", core)
+    values = {"a": {"x": 3.0, "y": 2.0}, "b": {"x": 3.0, "y": 2.0}}
+    prices = Prices(0, {"a": {"x": 3.0, "y": 2.0}, "b": {"x": 3.0, "y": 2.0}})
+    honest = scipy.optimize.milp
+
+    def late(*arguments, **options):
+        found = honest(*arguments, **options)
+        found.status = 1
+        return found
+
+    monkeypatch.setattr(scipy.optimize, "milp", late)
+    with pytest.raises(Unsolved, match="of it is known") as error:
+        allocate(values, [Limit(prices, 5.0)])
+    assert total(values, error.value.best) == 5.0
+    assert error.value.gap < 1e-6
 
 
 def test_nothing_to_decide():

@@ -96,6 +96,11 @@ class Infeasible(UserError):
 class Unsolved(UserError):
     """The solver has stopped without a proof, by the time limit or for trouble of its own."""
 
+    best: Architecture | None = None
+    """The best architecture it had found; it is within all limits."""
+    gap: float = math.inf
+    """How far from the optimum that may be, relative to it."""
+
 
 def allocate(
     values: Options,
@@ -111,7 +116,8 @@ def allocate(
     forbidden: no answer contains all choices of one of these; whole architectures or parts of them.
     time_limit: seconds. gap: relative distance from the optimum that is good enough; 0 means proven optimal.
 
-    Infeasible: nothing is within the limits. Unsolved: no proof within the time limit. UserError: values and prices
+    Infeasible: nothing is within the limits. Unsolved: no proof within the time limit; its `best` is the
+    best found until then. UserError: values and prices
     have different decisions or options, or a number that is not finite.
 
         allocate({"block": {"k3": 0.2, "k5": 0.5}}, [Limit(prices, at_most=5.0)])  # {"block": "k5"}
@@ -187,7 +193,14 @@ def _solve(
     deadline = time.monotonic() + time_limit
     cuts = list(cuts)
     for _ in range(100):
-        architecture = _Program(values, limits, parents, cuts).best(deadline, gap)
+        try:
+            architecture = _Program(values, limits, parents, cuts).best(deadline, gap)
+        except Unsolved as error:
+            if error.best is not None:
+                _verify(error.best, values, parents, cuts)
+                if not all(limit.holds(error.best) for limit in limits):
+                    error.best = None
+            raise
         if architecture is None:
             raise infeasible
         _verify(architecture, values, parents, cuts)
@@ -250,15 +263,17 @@ class _Program:
             return None
         floor, reduced = relaxed  # any solution costs at least floor, and with option j at least floor + reduced[j]
         core = np.partition(reduced, _CORE * len(self.one))[_CORE * len(self.one)]
-        found = self._milp(reduced <= core, deadline, gap)
+        found = self._milp(reduced <= core, deadline, gap, floor)
         if found is None:
-            found = self._milp(everything, deadline, gap)
+            found = self._milp(everything, deadline, gap, floor)
         elif (missing := found[0] - floor) > max(core, gap * abs(found[0])):
-            found = self._milp(reduced <= missing, deadline, gap)
+            found = self._milp(reduced <= missing, deadline, gap, floor)
         return None if found is None else found[1]
 
-    def _milp(self, kept: Any, deadline: float, gap: float) -> tuple[float, Architecture] | None:
-        """The best solution among the kept columns: its cost and itself."""
+    def _milp(
+        self, kept: Any, deadline: float, gap: float, floor: float | None = None
+    ) -> tuple[float, Architecture] | None:
+        """The best solution among the kept columns: its cost and itself. floor: what all columns cannot go below."""
         import numpy as np
         from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -276,13 +291,17 @@ class _Program:
         )
         if found.status == 2:
             return None
-        if found.status != 0 or found.x is None:
+        if found.x is None:
             raise _unsolved(found)
         chosen = index[found.x > 0.5]
         architecture = dict(self.columns[j] for j in chosen)
         if len(architecture) < len(chosen):
             raise Unsolved("the solver failed on the knapsack: its answer chooses two options of one decision")
-        return float(self.cost[chosen].sum()), architecture
+        cost = float(self.cost[chosen].sum())
+        if found.status != 0:
+            bound = found.mip_dual_bound if floor is None else floor
+            raise _unsolved(found, architecture, abs(cost - bound) / max(abs(cost), 1e-9))
+        return cost, architecture
 
     def _relaxed(self, deadline: float) -> tuple[float, Any] | None:
         """A lower bound of the cost, and what each option adds to that bound when it is chosen; None: infeasible.
@@ -306,11 +325,14 @@ class _Program:
         return floor, np.maximum(reduced, 0.0)
 
 
-def _unsolved(found: Any) -> Unsolved:
+def _unsolved(found: Any, best: Architecture | None = None, gap: float = math.inf) -> Unsolved:
     if found.status == 1:
-        known = f" (the best known is within {found.mip_gap:.1g} of it)" if getattr(found, "mip_gap", None) else ""
-        return Unsolved(f"no proven best network within the time limit{known}: allow more seconds, or a larger gap")
-    return Unsolved(f"the solver failed on the knapsack: {found.message}")
+        known = f" (one within {gap:.1g} of it is known)" if best else ""
+        error = Unsolved(f"no proven best network within the time limit{known}: allow more seconds, or a larger gap")
+    else:
+        error = Unsolved(f"the solver failed on the knapsack: {found.message}")
+    error.best, error.gap = best, gap
+    return error
 
 
 def _check(values: Options, limits: Sequence[Limit], parents: Parents, cuts: Sequence[Cut]) -> None:
