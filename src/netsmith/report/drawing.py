@@ -29,15 +29,14 @@ class Block:
     words: str
 
 
-def blocks(layers: list[dict[str, Any]]) -> list[Block]:
-    """Height stands for the resolution and width for the channels of what a layer puts out.
+def blocks(layers: list[dict[str, Any]], kinds: list[str]) -> list[Block]:
+    """Height stands for the resolution and width for the channels of what a layer puts out; `kinds` gives the colours.
 
     Both grow with the square root, or a 4x4 layer would vanish beside a 224x224 one.
     """
     shapes = [_shape(layer.get("output")) for layer in layers]
     most = max((c for c, _, _ in shapes), default=1)
     highest = max((h for _, h, _ in shapes), default=1)
-    kinds = list(dict.fromkeys(kind(layer) for layer in layers))
     drawn = []
     for layer, (c, h, w) in zip(layers, shapes, strict=True):
         shape = f"{c:g}×{h:g}×{w:g}" if c else ""

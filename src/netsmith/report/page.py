@@ -138,7 +138,7 @@ def _group(every: list[Folder], members: list[Folder], gallery: Gallery) -> dict
         "title": " · ".join(part for part in (task, device) if part),
         "rows": arrange(references + mine + several + merged(baselines), costs),
         "rivals": rivals(mine, baselines),
-        "pareto": gallery.hang(figures.pareto(listed, metric)),
+        "pareto": gallery.hang(figures.pareto(references + mine + baselines, metric)),
         "missing": len(listed) - len(known),
     }
 
@@ -162,6 +162,7 @@ def _section(folder: Folder, gallery: Gallery) -> dict[str, Any]:
     """Everything about one run, in the page's order."""
     epochs, trained, members = folder.events["search_epoch"], folder.events["train_epoch"], folder.found
     metric = metric_name(folder.result)
+    kinds = list(dict.fromkeys(drawing.kind(layer) for member in members for layer in items(member, "layers")))
     maps = heat.choices(epochs, members)
     sure = heat.certainty(epochs, folder.events["removed"])
     return {
@@ -173,7 +174,7 @@ def _section(folder: Folder, gallery: Gallery) -> dict[str, Any]:
         "narrowed": drawing.narrowed(epochs),
         "losses": gallery.hang(figures.losses(epochs)),
         "expected": gallery.hang(figures.expected(epochs)),
-        "members": [_member(member, gallery) for member in members],
+        "members": [_member(member, kinds, gallery) for member in members],
         "several": len(members) > 1,
         "rounds": gallery.hang(figures.rounds(folder.events["promise_round"])),
         "round_rows": folder.events["promise_round"],
@@ -185,10 +186,10 @@ def _section(folder: Folder, gallery: Gallery) -> dict[str, Any]:
     }
 
 
-def _member(member: dict[str, Any], gallery: Gallery) -> dict[str, Any]:
-    """One found network: its layers drawn and timed."""
+def _member(member: dict[str, Any], kinds: list[str], gallery: Gallery) -> dict[str, Any]:
+    """One found network: its layers drawn and timed; a kind of block has the same colour in all of a run's."""
     layers = items(member, "layers")
-    drawn = drawing.blocks(layers)
+    drawn = drawing.blocks(layers, kinds)
     return {
         "result": member,
         "title": asked(member),
