@@ -57,7 +57,8 @@ def test_every_chart_is_drawn_and_nothing_runs_over(
     assert page.evaluate(wide) == 0
 
 
-def test_the_theme_reaches_the_charts(opened: Callable[..., Any], run_folder: Callable[..., Path]) -> None:
+def test_theme_slider_and_copy_button_work(opened: Callable[..., Any], run_folder: Callable[..., Path]) -> None:
+    """Three things on one page: it is the opening that costs seconds."""
     page = opened(run_folder(), scheme="light")
     colour = 'document.querySelector(".chart").layout.font.color'
     assert page.evaluate(colour) == "#1c2126"
@@ -68,10 +69,6 @@ def test_the_theme_reaches_the_charts(opened: Callable[..., Any], run_folder: Ca
         page.wait_for_timeout(50)
     assert page.evaluate(colour) == "#e5e8ea"
     page.wait_for_selector("html[data-drawn]")
-
-
-def test_the_slider_moves_through_the_search(opened: Callable[..., Any], run_folder: Callable[..., Path]) -> None:
-    page = opened(run_folder())
     slider = page.locator("input[type=range]").first
     cell = 'document.getElementById("figure-2").data[0].z[3][5]'
     before = page.evaluate(cell)
@@ -80,10 +77,6 @@ def test_the_slider_moves_through_the_search(opened: Callable[..., Any], run_fol
     assert page.locator("output").first.inner_text() == "epoch 0"
     assert slider.get_attribute("aria-valuetext") == "epoch 0"
     assert page.evaluate(cell) != before
-
-
-def test_copy(opened: Callable[..., Any], run_folder: Callable[..., Path]) -> None:
-    page = opened(run_folder())
     button = page.locator("#run-1 .copy button").last
     button.click()
     page.wait_for_selector('.copy button:has-text("Copied")')
