@@ -1,0 +1,182 @@
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch import nn
+
+from netsmith.blocks.mobile import MBConv
+from netsmith.cost.device import OrtCpu
+from netsmith.cost.imported import import_table
+from netsmith.cost.table import Calibration, Entry, LatencyTable, MissingEntry, TableDevice, entry_key
+from netsmith.errors import UserError
+
+DATA = Path(os.environ.get("NETSMITH_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+with_data = pytest.mark.skipif(not (DATA / "nas").is_dir(), reason="the published tables are not here")
+
+
+def entry(ms: float) -> Entry:
+    return Entry(ms, 0.01, 20, time.time(), {"onnxruntime": "1"})
+
+
+def test_round_trip_newest_counts_and_devices_are_apart(tmp_path: Path):
+    table = LatencyTable(tmp_path / "t.sqlite")
+    table.put("cpu", {"a": entry(1.0), "b": entry(2.0)})
+    table.put("cpu", {"a": entry(1.5)})
+    again = LatencyTable(tmp_path / "t.sqlite")
+    assert again.get("cpu", ["a", "b"]) == {"a": 1.5, "b": 2.0}
+    assert again.entries("cpu")["a"].versions == {"onnxruntime": "1"}
+    assert again.missing("gpu", ["a", "b", "a"]) == ["a", "b"]
+
+
+def test_missing_entry_is_an_error_that_names_it(tmp_path: Path):
+    table = LatencyTable(tmp_path / "t.sqlite")
+    for kind in (UserError, KeyError, MissingEntry):
+        with pytest.raises(kind) as caught:
+            table.get("cpu", ["MBConv(8, 8, kernel=3, hidden=24) @ 8x16x16"])
+        assert str(caught.value).startswith("no latency of MBConv(8, 8, kernel=3, hidden=24) @ 8x16x16 on cpu")
+
+
+def writer(path: Path, code: str) -> subprocess.Popen[bytes]:
+    head = "import pathlib\nfrom netsmith.cost.table import LatencyTable, Entry\n"
+    script = head + f"table = LatencyTable(pathlib.Path({str(path)!r}))\n" + code
+    return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+
+
+def test_several_processes_write(tmp_path: Path):
+    path = tmp_path / "t.sqlite"
+    code = "for i in range(20): table.put('cpu', {{f'{}/{{i}}': Entry(i / 100, 0, 1, 0, {{}})}})"
+    writers = [writer(path, code.format(number)) for number in range(3)]
+    assert [process.wait() for process in writers] == [0, 0, 0]
+    for process in writers:
+        process.communicate()
+    assert len(LatencyTable(path).entries("cpu")) == 60
+
+
+def test_a_killed_writer_leaves_whole_groups(tmp_path: Path):
+    path = tmp_path / "t.sqlite"
+    code = (
+        "for group in range(10**6):\n"
+        "    table.put('cpu', {f'{group}/{i}': Entry(1.0, 0, 1, 0, {}) for i in range(10)})\n"
+        "    print(group, flush=True)\n"
+    )
+    process = writer(path, code)
+    assert process.stdout is not None
+    for _ in range(5):
+        process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    entries = LatencyTable(path).entries("cpu")
+    assert len(entries) >= 50
+    assert len(entries) % 10 == 0
+    LatencyTable(path).put("cpu", {"after": entry(1.0)})
+
+
+def test_profile_measures_what_is_missing_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("NETSMITH_CACHE", str(tmp_path))
+    table, device = LatencyTable(), OrtCpu()
+    assert table.path == tmp_path / "latency.sqlite"
+    blocks = {h: MBConv(8, 8, hidden=h) for h in (8, 64, 256)}
+    items = {entry_key(b, (8, 24, 24)): (lambda b=b: b, (8, 24, 24)) for b in blocks.values()}
+    seen = []
+    spent = table.profile(device, items, lambda done, todo: seen.append((done, todo)), group=2)
+    assert seen == [(2, 3), (3, 3)]
+    assert spent > 0
+    times = list(table.get(device.fingerprint(), items).values())
+    assert times[0] < times[1] < times[2]
+    assert table.profile(device, items, lambda done, todo: seen.append((done, todo))) == 0.0
+    assert len(seen) == 2
+
+
+def test_profile_names_the_layer_it_cannot_measure(tmp_path: Path):
+    device = TableDevice("phone", {})
+    with pytest.raises(UserError, match=r"cannot measure x: phone is a table .* can predict"):
+        LatencyTable(tmp_path / "t.sqlite").profile(device, {"x": (nn.Identity, (3, 4, 4))})
+
+
+@pytest.mark.parametrize("law", [(0.03, 0.85, 0.002), (0.0, 1.1, 0.0), (0.05, 0.9, -0.004)])
+def test_calibration_recovers_a_planted_law(law: tuple[float, float, float]):
+    random = np.random.default_rng(0)
+    sums, layers = random.uniform(0.5, 5, 10), random.integers(5, 30, 10)
+    fitted = Calibration.fit(sums.tolist(), layers.tolist(), (law[0] + law[1] * sums + law[2] * layers).tolist())
+    assert (fitted.constant, fitted.scale, fitted.per_layer) == pytest.approx(law, abs=1e-6)
+    assert fitted.errors()["largest"] < 1e-6
+    assert fitted.predict(2.0, 10) == pytest.approx(law[0] + 2 * law[1] + 10 * law[2])
+
+
+def test_calibration_with_few_networks():
+    assert Calibration.fit([], [], []) == Calibration()
+    assert Calibration().predict(3.0, 7) == 3.0
+    one = Calibration.fit([2.0], [5], [1.5])
+    assert (one.constant, one.per_layer) == (0, 0)
+    assert one.predict(4.0, 9) == pytest.approx(3.0)
+    four = Calibration.fit([1, 2, 3, 4], [9, 3, 5, 7], [1.5, 2.5, 3.5, 4.5])
+    assert (four.constant, four.scale, four.per_layer) == pytest.approx((0.5, 1.0, 0.0))
+    noisy = Calibration.fit([1, 2], [1, 1], [1.0, 3.0])
+    assert noisy.scale == pytest.approx((1 + 2 / 3) / (1 + 4 / 9))  # least squares of the relative error
+    with pytest.raises(ValueError, match="positive"):
+        Calibration.fit([1.0], [1], [0.0])
+
+
+def test_own_tables_are_imported(tmp_path: Path):
+    file = tmp_path / "board.csv"
+    with file.open("w", newline="") as stream:
+        csv.writer(stream).writerows([["key", "ms"], ["MBConv(8, 8, kernel=3, hidden=24) @ 8x16x16", 0.25]])
+    device = import_table(file)
+    assert device.name == "board"
+    assert device.get(["MBConv(8, 8, kernel=3, hidden=24) @ 8x16x16"]) == {
+        "MBConv(8, 8, kernel=3, hidden=24) @ 8x16x16": 0.25
+    }
+    with pytest.raises(MissingEntry, match="no latency of other in the table board"):
+        device.get(["other"])
+    (tmp_path / "board.json").write_text(json.dumps({"a": 1.0}))
+    assert import_table(tmp_path / "board.json").get(["a"]) == {"a": 1.0}
+    for name, text in {"x.csv": "a,b\n1,2\n", "x.json": "[1, 2]", "y.json": "{", "z.json": '{"a": "fast"}'}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match="no latency table of a known format"):
+            import_table(tmp_path / name)
+    with pytest.raises(UserError, match="cannot read"):
+        import_table(tmp_path / "absent.csv")
+
+
+@with_data
+def test_tf_nas_table_has_the_keys_our_blocks_print():
+    device = import_table(DATA / "nas" / "lut_tfnas.json.gz", "cpu")
+    assert device.constant_ms == pytest.approx(9.356, abs=1e-3)
+    blocks = {
+        entry_key(MBConv(16, 24, hidden=128, stride=2), (16, 112, 112)): 12.0286,
+        entry_key(MBConv(192, 320, kernel=5, hidden=1536, squeeze=384, act="swish"), (192, 7, 7)): 9.583678,
+    }
+    assert device.get(blocks) == pytest.approx(blocks, rel=1e-4)
+    narrow = entry_key(MBConv(192, 320, hidden=192, act="swish", expand=False), (192, 7, 7))
+    assert device.get([narrow])[narrow] == pytest.approx(0.793, abs=1e-3)
+    assert all(ms > 0 for ms in device.table.values())
+    assert "hidden=191," not in "".join(key for key in device.table if key.startswith("MBConv(192"))
+    with pytest.raises(UserError, match="allowed: gpu, cpu"):
+        import_table(DATA / "nas" / "lut_tfnas.json.gz")
+
+
+@with_data
+def test_single_path_table_fits_its_space():
+    device = import_table(DATA / "nas" / "lut_singlepath_pixel1.json.gz")
+    assert device.constant_ms == 19.6
+    assert len(device.table) == 4 * 10
+    first = entry_key(MBConv(16, 24, hidden=96, stride=2), (16, 112, 112))
+    repeated = entry_key(MBConv(24, 24, kernel=5, hidden=144), (24, 56, 56))
+    assert device.get([first])[first] == 9.2015
+    assert device.get([repeated])[repeated] == pytest.approx(np.mean([9.1518, 9.1756, 9.1567]), rel=1e-4)
+
+
+@with_data
+def test_fasterseg_table_reads():
+    device = import_table(DATA / "nas" / "lut_fasterseg_1080ti.json.gz")
+    assert len(device.table) == 667
+    key = "ConvNorm(128, 64, kernel=1, stride=1) @ 128x64x128"
+    assert device.get([key])[key] == pytest.approx(0.045677, rel=1e-4)
+    assert "ff(128) @ 128x128x256" in device.table
