@@ -178,7 +178,8 @@ def _cifar(folder: Path, class_names: tuple[str, ...], train: list[Path], test: 
 
 def _small_pack(path: Path) -> Arrays:
     def read() -> Arrays:
-        with np.load(path, allow_pickle=False) as pack:
+        # A file of our own: numpy leaves the one it opens itself open when the archive is damaged.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as pack:
             return Arrays(pack["x_train"], pack["y_train"], pack["x_test"], pack["y_test"],
                           tuple(str(name) for name in pack["classes"]), path)
 

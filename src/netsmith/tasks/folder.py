@@ -136,10 +136,10 @@ def _list_tar(path: Path) -> Iterator[tuple[tuple[str, ...], ImageFile]]:
             members = archive.getmembers()
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{path} is not an uncompressed .tar that can be read ({error})") from error
-    size = path.stat().st_size
+    end = max((member.offset_data + member.size for member in members), default=0)
+    if path.stat().st_size < -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE:
+        raise UserError(f"{path} is cut short: the block of zeros that ends a .tar is missing")
     for member in sorted(members, key=lambda member: member.name):
         if member.isfile() and PurePosixPath(member.name).suffix.lower() in SUFFIXES:
-            if member.offset_data + member.size > size:
-                raise UserError(f"{path} is cut short: {member.name} reaches beyond its end")
             file = ImageFile(path, f"{path}:{member.name}", member.offset_data, member.size)
             yield PurePosixPath(member.name).parts, file

@@ -28,7 +28,7 @@ WINDOW = 50
 
 @dataclass
 class History:
-    """What happened, a dict for each epoch: epoch (from 1), loss (mean over its steps), learning_rate (of the last one),
+    """What happened, a dict for each epoch: epoch (from 1), loss (mean of its steps), learning_rate (the last one),
     seconds, data_share (part of the seconds spent on making batches), accuracy (with `evaluate_on`)."""
 
     epochs: list[dict[str, float]] = field(default_factory=list)
@@ -71,7 +71,7 @@ def train(module: nn.Module, task: Task, recipe: Recipe, *, split: str = "train"
                 if on_epoch:
                     on_epoch(past)
         while run.epoch < last:
-            done = run.train_epoch(lambda: run.save(checkpoint), checkpoint_steps)
+            done = run.train_epoch(checkpoint, checkpoint_steps)
             if run.average:
                 run.average.swap()
             if evaluate_on:
@@ -79,7 +79,8 @@ def train(module: nn.Module, task: Task, recipe: Recipe, *, split: str = "train"
             if run.average:
                 run.average.swap()
             run.history.epochs.append(done)
-            run.save(checkpoint)
+            if checkpoint is not None:
+                run.save(checkpoint)
             if on_epoch:
                 on_epoch(done)
         if run.average:
@@ -141,8 +142,8 @@ class _Training:
         self.average = Average(self.module, recipe.ema) if recipe.ema else None
         self.mix = _mixing(recipe, self.task.classes)
 
-    def train_epoch(self, save: Callable[[], None], save_every: int | None) -> dict[str, float]:
-        """The rest of the epoch, and its entry in the history."""
+    def train_epoch(self, checkpoint: Path | None, save_every: int | None) -> dict[str, float]:
+        """The rest of the epoch; returns its entry in the history."""
         self.module.train()
         batches = self.task.batches(self.split, self.recipe.batch_size, train=True, seed=self.seed, epoch=self.epoch,
                                     start=self.step, randaugment=self.recipe.randaugment, device=self.device)
@@ -155,12 +156,14 @@ class _Training:
             rate = self.rate(self.step)
             pending.append(self.train_step(images, labels, rate))
             self.step += 1
-            saving = bool(save_every) and self.step % save_every == 0 and self.step < self.steps
-            if saving or len(pending) == WINDOW or self.step == self.steps:
+            ends, saves = self.step == self.steps, bool(save_every) and self.step % save_every == 0
+            if ends or saves or len(pending) == WINDOW:
                 self.check(pending)
                 pending.clear()
-            if saving:
-                save()
+            if ends or saves:
+                self.check_weights()
+            if saves and not ends and checkpoint is not None:
+                self.save(checkpoint)
         seconds = time.perf_counter() - start
         done = {"epoch": self.epoch + 1, "loss": sum(self.losses) / self.steps, "learning_rate": rate,
                 "seconds": seconds, "data_share": waited / seconds}
@@ -202,17 +205,16 @@ class _Training:
                 self.diverged(f"the loss became {loss}", len(self.losses))
             self.losses.append(loss)
 
+    def check_weights(self) -> None:
+        """A finite loss may be followed by a step to infinity: such weights must not replace good ones on disk."""
+        if not all(tensor.isfinite().all() for tensor in self.module.state_dict().values()):
+            self.diverged("a weight became infinite", self.step - 1)
+
     def diverged(self, what: str, step: int) -> None:
         raise UserError(f"training broke down: {what} in epoch {self.epoch + 1}, step {step + 1} of {self.steps}, at "
                         f"learning rate {self.rate(step):.3g}; a lower recipe.learning_rate may help")
 
-    def save(self, path: Path | None) -> None:
-        if path is None:
-            return
-        # A finite loss may be followed by a step to infinity: such weights must not replace good ones.
-        weights = [tensor for tensor in self.module.state_dict().values() if tensor.is_floating_point()]
-        if not all(tensor.isfinite().all() for tensor in weights):
-            self.diverged("a weight became infinite", self.step - 1)
+    def save(self, path: Path) -> None:
         save_state(path, {
             "run": self.identity(), "epoch": self.epoch, "step": self.step, "losses": self.losses,
             "history": self.history.epochs, "module": self.module.state_dict(),
