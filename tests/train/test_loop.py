@@ -1,0 +1,205 @@
+"""The loop: it learns, resumes bit for bit, stops when it must, and its loss is the textbook's."""
+
+import errno
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from netsmith.errors import UserError
+from netsmith.tasks import open_task
+from netsmith.train.loop import evaluate, loss_of, train
+from netsmith.train.recipe import Recipe
+
+SHORT = Recipe(epochs=3, batch_size=64, learning_rate=0.05, ema=0.9)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return open_task("digits")
+
+
+@pytest.fixture(scope="module")
+def few():
+    return open_task("digits", limit=300)
+
+
+def network(dropout: float = 0.3) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(32, 10))
+
+
+def equal(first: nn.Module, second: nn.Module) -> bool:
+    return all(a.equal(b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+
+
+def test_digits_are_learnt_in_seconds(digits):
+    module = network(0.0)
+    task = digits.without_test()
+    history = train(module, task, replace(Recipe.default(digits), epochs=12), evaluate_on="search")
+    assert history.accuracy == evaluate(module, task, "search")
+    assert evaluate(module, digits, "test") >= 0.95
+    assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
+    assert not module.training
+    assert all(parameter.is_contiguous() for parameter in module.parameters())
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("recipe", [
+    SHORT,
+    replace(SHORT, optimizer="adamw", learning_rate=0.01, mixup=0.4, cutmix=1.0, randaugment=5),
+    replace(SHORT, ema=None, schedule="linear", precision="bf16"),
+    replace(SHORT, optimizer="rmsprop", learning_rate=0.003, distillation=0.5),
+], ids=["sgd", "adamw-mix", "bf16", "rmsprop-distilled"])
+def test_a_killed_run_ends_like_an_undisturbed_one(few, tmp_path, recipe):
+    undisturbed, teacher = network(), network()
+    train(undisturbed, few, recipe, seed=1, teacher=teacher)
+    path = tmp_path / "train.pt"
+    steps = 0
+
+    def die_now_and_then(*_):
+        nonlocal steps
+        steps += 1
+        if steps in (2, 5, 9):  # inside an epoch
+            raise Killed
+
+    for _ in range(4):
+        module = network()
+        torch.manual_seed(123)  # what else was drawn must not matter
+        module.register_forward_pre_hook(die_now_and_then)
+        try:
+            history = train(module, few, recipe, seed=1, teacher=teacher, checkpoint=path, checkpoint_steps=1)
+        except Killed:
+            continue
+        break
+    assert equal(module, undisturbed)
+    assert [epoch["epoch"] for epoch in history.epochs] == [1, 2, 3]
+
+
+def test_stopping_early_and_going_on(few, tmp_path):
+    undisturbed, module, path, seen = network(), network(), tmp_path / "train.pt", []
+    whole = train(undisturbed, few, SHORT, evaluate_on="search")
+    assert len(train(module, few, SHORT, checkpoint=path, epochs=1, evaluate_on="search").epochs) == 1
+    assert not equal(module, undisturbed)
+    history = train(module, few, SHORT, checkpoint=path, on_epoch=seen.append, evaluate_on="search")
+    assert equal(module, undisturbed)
+    assert seen == history.epochs
+    assert [epoch["loss"] for epoch in history.epochs] == [epoch["loss"] for epoch in whole.epochs]
+    assert len(train(network(), few, SHORT, checkpoint=path).epochs) == 3  # nothing is left to do
+    with pytest.raises(UserError, match="is past epoch 3, but 2 epochs were asked for"):
+        train(module, few, SHORT, checkpoint=path, epochs=2)
+
+
+def test_the_global_generator_is_left_alone(few):
+    state = torch.get_rng_state()
+    module = network()
+    torch.set_rng_state(state)
+    train(module, few, SHORT, epochs=1)
+    assert torch.get_rng_state().equal(state)
+
+
+def test_foreign_checkpoints_are_refused(few, tmp_path):
+    path = tmp_path / "train.pt"
+    train(network(), few, SHORT, checkpoint=path, epochs=1)
+    with pytest.raises(UserError, match=r"learning_rate is 0\.05 there and 0\.1 here"):
+        train(network(), few, replace(SHORT, learning_rate=0.1), checkpoint=path)
+    with pytest.raises(UserError, match="seed is 0 there and 1 here"):
+        train(network(), few, SHORT, seed=1, checkpoint=path)
+    with pytest.raises(UserError, match="the network"):
+        train(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), few, SHORT, checkpoint=path)
+    torch.save({"weights": 1}, path)
+    with pytest.raises(UserError, match="not the checkpoint of a training"):
+        train(network(), few, SHORT, checkpoint=path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(few, tmp_path):
+    path = tmp_path / "train.pt"
+    train(network(), few, SHORT, checkpoint=path, epochs=1)
+    good = path.read_bytes()
+    module = network()
+    calls = 0
+
+    def poison(_module, _inputs, output):
+        nonlocal calls
+        calls += 1
+        return output * math.nan if calls == 3 else output
+
+    module.register_forward_hook(poison)
+    with pytest.raises(UserError, match=r"the loss became nan in epoch 2, step 3 of 4, at learning rate 0\.0\d+"):
+        train(module, few, SHORT, checkpoint=path)
+    assert path.read_bytes() == good
+
+
+def test_weights_that_explode_in_the_last_step_are_not_saved(few, tmp_path):
+    module = network()
+    module[0].weight.register_hook(lambda grad: grad + math.inf)
+    one_step = replace(SHORT, batch_size=1000)
+    with pytest.raises(UserError, match="a weight became infinite in epoch 1, step 1 of 1"):
+        train(module, few, one_step, checkpoint=tmp_path / "train.pt")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(few, tmp_path, monkeypatch):
+    path = tmp_path / "train.pt"
+    train(network(), few, SHORT, checkpoint=path, epochs=1)
+    good = path.read_bytes()
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(UserError, match=r"no space left to write .*train\.pt"):
+            train(network(), few, SHORT, checkpoint=path)
+    assert path.read_bytes() == good
+    assert [file.name for file in tmp_path.iterdir()] == ["train.pt"]
+
+
+def test_distillation_wants_a_teacher(few):
+    with pytest.raises(UserError, match=r"recipe\.distillation is 0\.5, but there is no teacher"):
+        train(network(), few, replace(SHORT, distillation=0.5))
+
+
+def test_label_smoothing_by_hand():
+    logits = torch.tensor([[math.log(0.7), math.log(0.2), math.log(0.1)]])
+    loss = loss_of(logits, torch.tensor([0]), Recipe(label_smoothing=0.3))
+    expected = -(0.8 * math.log(0.7) + 0.1 * math.log(0.2) + 0.1 * math.log(0.1))
+    assert abs(loss.item() - expected) < 1e-6
+
+
+def test_distillation_by_hand():
+    student, teacher = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 4.0]])
+    recipe = Recipe(label_smoothing=0, distillation=0.25, temperature=2.0)
+    p, q = 1 / (1 + math.exp(2)), 1 / (1 + math.exp(-1))  # first class, at temperature 2: teacher, student
+    gap = p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    expected = 0.75 * math.log(1 + math.exp(-2)) + 0.25 * 4 * gap
+    assert abs(loss_of(student, torch.tensor([0]), recipe, teacher).item() - expected) < 1e-6
+    same = loss_of(student, torch.tensor([0]), replace(recipe, distillation=1.0), student)
+    assert abs(same.item()) < 1e-6
+
+
+def test_mixed_targets_are_the_mixture_of_two_losses():
+    logits = torch.randn(1, 4)
+    mixed = loss_of(logits, torch.tensor([[0.3, 0.0, 0.7, 0.0]]), Recipe(label_smoothing=0))
+    parts = [loss_of(logits, torch.tensor([c]), Recipe(label_smoothing=0)) for c in (0, 2)]
+    assert torch.allclose(mixed, 0.3 * parts[0] + 0.7 * parts[1])
+
+
+def test_evaluate_counts(few):
+    class Always(nn.Module):
+        def forward(self, images):
+            return nn.functional.one_hot(torch.full((len(images),), 3), 10).float()
+
+    labels = few.split("test").labels
+    assert evaluate(Always(), few, "test") == (labels == 3).sum().item() / len(labels)
