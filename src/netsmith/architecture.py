@@ -1,30 +1,56 @@
 """An architecture is plain data: decision path -> chosen option, for the decisions that are active.
 
 A decision nested in an option that was not chosen is not part of it. In JSON a width is an integer, any other option
-a string.
+a string. Everything here needs only the outline of a space, so it takes a module or, where it is called often, an
+`Outline` of it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from netsmith.decisions import Architecture, Decision, Option, decisions, parents
-from netsmith.errors import UserError
+from netsmith.decisions import Architecture, Option, decisions, walk
+from netsmith.errors import UserError, unknown
 
-Choose = Callable[[str, Decision], Option]
+Choose = Callable[[str, list[Option]], Option]
 
 
-def assemble(model: nn.Module, choose: Choose) -> Architecture:
-    """The architecture that ``choose(path, decision)`` makes, asked for active decisions only, outer before inner."""
-    outer = parents(model)
+@dataclass(frozen=True)
+class Outline:
+    """The decisions of a space as plain data: outer before inner."""
+
+    options: dict[str, list[Option]]
+    parents: dict[str, tuple[str, str]]
+    """Nested decision -> the decision and option it belongs to."""
+
+    def active(self, path: str, architecture: Mapping[str, Option]) -> bool:
+        """Whether ``path`` is a decision, given what was decided above it."""
+        if path not in self.parents:
+            return True
+        outer, option = self.parents[path]
+        return architecture.get(outer) == option
+
+
+def outline(space: nn.Module | Outline) -> Outline:
+    if isinstance(space, Outline):
+        return space
+    found = list(walk(space))
+    options = {path: list(decision.options) for path, decision, _ in found}
+    return Outline(options, {path: owner for path, _, owner in found if owner is not None})
+
+
+def assemble(space: nn.Module | Outline, choose: Choose) -> Architecture:
+    """The architecture that ``choose(path, options)`` makes, asked for active decisions only, outer before inner."""
+    lines = outline(space)
     architecture: Architecture = {}
-    for path, decision in decisions(model).items():
-        if path not in outer or architecture.get(outer[path][0]) == outer[path][1]:
-            architecture[path] = choose(path, decision)
+    for path, options in lines.options.items():
+        if lines.active(path, architecture):
+            architecture[path] = choose(path, options)
     return architecture
 
 
@@ -32,72 +58,74 @@ def pick(options: list, generator: torch.Generator):
     return options[int(torch.randint(len(options), (1,), generator=generator))]
 
 
-def sample(model: nn.Module, generator: torch.Generator) -> Architecture:
+def sample(space: nn.Module | Outline, generator: torch.Generator) -> Architecture:
     """Every active decision uniformly at random."""
-    return assemble(model, lambda _, decision: pick(decision.options, generator))
+    return assemble(space, lambda _, options: pick(options, generator))
 
 
-def mutate(model: nn.Module, architecture: Mapping[str, Option], generator: torch.Generator) -> Architecture:
+def mutate(
+    space: nn.Module | Outline, architecture: Mapping[str, Option], generator: torch.Generator
+) -> Architecture:
     """Re-draw one decision, and whatever newly opens below it; all else stays."""
-    found = decisions(model)
-    open_ = [path for path in architecture if len(found[path].options) > 1]
+    lines = outline(space)
+    open_ = [path for path in architecture if len(lines.options[path]) > 1]
     if not open_:
         return dict(architecture)
     changed = pick(open_, generator)
 
-    def choose(path: str, decision: Decision) -> Option:
+    def choose(path: str, options: list[Option]) -> Option:
         if path == changed:
-            return pick([option for option in decision.options if option != architecture[path]], generator)
-        return architecture[path] if path in architecture else pick(decision.options, generator)
+            return pick([option for option in options if option != architecture[path]], generator)
+        return architecture[path] if path in architecture else pick(options, generator)
 
-    return assemble(model, choose)
+    return assemble(lines, choose)
 
 
 def crossover(
-    model: nn.Module, left: Mapping[str, Option], right: Mapping[str, Option], generator: torch.Generator
+    space: nn.Module | Outline, left: Mapping[str, Option], right: Mapping[str, Option], generator: torch.Generator
 ) -> Architecture:
     """Every decision from one of two parents; what neither has decided is drawn."""
 
-    def choose(path: str, decision: Decision) -> Option:
-        given = [parent[path] for parent in (left, right) if path in parent] or decision.options
-        return pick(given, generator)
+    def choose(path: str, options: list[Option]) -> Option:
+        return pick([parent[path] for parent in (left, right) if path in parent] or options, generator)
 
-    return assemble(model, choose)
+    return assemble(space, choose)
 
 
 def argmax(model: nn.Module) -> Architecture:
     """The most probable option everywhere."""
-    return assemble(model, lambda _, decision: decision.options[int(decision.logits.argmax())])
+    found = decisions(model)
+    return assemble(model, lambda path, options: options[int(found[path].logits.argmax())])
 
 
-def enumerate_architectures(model: nn.Module) -> Iterator[Architecture]:
+def enumerate_architectures(space: nn.Module | Outline) -> Iterator[Architecture]:
     """Every architecture of the space, once. For small spaces and tests."""
-    outer = parents(model)
-    found = list(decisions(model).items())
+    lines = outline(space)
+    paths = list(lines.options)
 
     def extend(architecture: Architecture, i: int) -> Iterator[Architecture]:
-        if i == len(found):
+        if i == len(paths):
             yield architecture
-            return
-        path, decision = found[i]
-        if path in outer and architecture.get(outer[path][0]) != outer[path][1]:
+        elif not lines.active(paths[i], architecture):
             yield from extend(architecture, i + 1)
-            return
-        for option in decision.options:
-            yield from extend({**architecture, path: option}, i + 1)
+        else:
+            for option in lines.options[paths[i]]:
+                yield from extend({**architecture, paths[i]: option}, i + 1)
 
     return extend({}, 0)
 
 
-def check(model: nn.Module, architecture: Mapping[str, Option]) -> None:
-    """Raises UserError unless ``architecture`` decides exactly the active decisions of ``model``, each legally."""
+def check(space: nn.Module | Outline, architecture: Mapping[str, Option]) -> None:
+    """Raises UserError unless ``architecture`` decides exactly the active decisions of the space, each legally."""
 
-    def choose(path: str, decision: Decision) -> Option:
+    def choose(path: str, options: list[Option]) -> Option:
         if path not in architecture:
-            raise UserError(f"the architecture leaves {path!r} open (options: {decision.options})")
-        return decision.options[decision.index(architecture[path])]
+            raise UserError(f"the architecture leaves {path!r} open (options: {options})")
+        if architecture[path] not in options:
+            raise unknown(f"option of {path}", str(architecture[path]), map(str, options))
+        return architecture[path]
 
-    active = assemble(model, choose)
+    active = assemble(space, choose)
     if extra := sorted(set(architecture) - set(active)):
         raise UserError(f"the architecture decides {extra[0]!r}, which is no active decision of this space")
 

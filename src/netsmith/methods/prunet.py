@@ -1,0 +1,419 @@
+"""PruNet (Kierat et al. 2022, arXiv:2209.11785): search by pruning, in three tiers, while the supernet trains.
+
+1. Prunode: a block with an open hidden width runs at two widths only, whatever the number of widths; the pair closes in
+   on the better one. 2. Blocks whose probability falls below a rising threshold are removed from their layer.
+3. Whole layers are removed; skipping is introduced only halfway, so that it cannot bias the search to shallow nets.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from netsmith.cost.budget import Budget
+from netsmith.cost.prices import Options, expected
+from netsmith.decisions import Decision, Draw, OneOf, Width, decisions
+from netsmith.gates import Gumbel, softmax
+from netsmith.run import Run
+from netsmith.search.differentiable import Steps, latency_factor, learn, relative_excess, remove_option
+from netsmith.search.problem import Problem, prefer
+from netsmith.search.race import finalists, race, settle
+from netsmith.search.sampling import capacity
+
+SKIP = "skip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruNet:
+    """Constants are ours where the paper gives none (most of them); see docs/methods/prunet.md."""
+
+    steps: Steps = field(default_factory=Steps)
+    """How the supernet is trained; its warm-up is shared by all budgets with the same structure."""
+    prunode: bool = True
+    """Tier 1. Off: each width decision stays at its maximum until the final knapsack."""
+    block_pruning: bool = True
+    """Tier 2."""
+    layer_pruning: bool = True
+    """Tier 3."""
+    copies: Literal["separate", "shared"] = "shared"
+    """separate: two copies of the block, as in the paper; shared: one set of weights under both masks. Mixing before the
+    last batch norm, the shared pair costs a single pass of the wider width."""
+    check_every: int = 5
+    """Architecture steps between two moves of a Prunode (K; ours)."""
+    confidence: float = 0.55
+    """Probability from which a Prunode trusts its better width (tau; ours)."""
+    momentum: bool = True
+    """Double the move when the same side wins again (ours)."""
+    block_threshold: float = 0.5
+    """Tier 2's threshold at the end; it rises linearly from 0 at the end of the warm-up (ours)."""
+    layers_from: float = 0.5
+    """Part of the search after which layers may go (ours)."""
+    layer_start: float = 0.7
+    """A layer's weight when skipping is introduced (s; 0.9 would lie above the margin and keep every layer)."""
+    layer_margin: float = 0.4
+    """Distance from 0.5 at which a layer is decided; falls linearly to 0 at the end (m; ours)."""
+    loss: Literal["power", "relative"] = "relative"
+    """power: FBNet's product; relative: cross-entropy + weight * |E/T - 1|, two-sided (ours)."""
+    weight: float = 2.0
+    """Of the relative term (ours)."""
+    alpha: float = 0.2
+    """Scale of FBNet's latency factor."""
+    beta: float = 0.6
+    """Power of FBNet's latency factor."""
+    temperature: float = 0.0
+    """Of Gumbel noise on the mixture while training; 0: plain softmax (ours)."""
+    samples: int = 6
+    """Networks drawn around the result and trained briefly; the best is kept (FBNet's way of ending)."""
+    noise: float = 0.5
+    """Gumbel noise on the values when drawing them (ours)."""
+    race_epochs: tuple[int, ...] = (2,)
+    """Lengths of the short trainings (ours)."""
+
+    def search(self, problem: Problem, run: Run) -> list[Options]:
+        return [self._search_one(problem, run, i, budgets) for i, budgets in enumerate(problem.budgets)]
+
+    def _search_one(self, problem: Problem, run: Run, number: int, budgets: Sequence[Budget]) -> Options:
+        chosen = settle(problem, run, f"settle-{number}", budgets, capacity(problem), epochs=self.race_epochs)
+
+        def make() -> Pruning:
+            return Pruning(self, problem, budgets, chosen)
+
+        warm = "-".join(["warm", *map(str, chosen.values())])
+        warmup = self.steps.warmup_epochs
+        if warmup:
+            learn(problem, run, warm, make, self.steps, until=warmup)
+        after = run.checkpoint(f"{warm}.pt") if warmup else None
+        searcher = learn(problem, run, f"prune-{number}", make, self.steps, after=after)
+        assert isinstance(searcher, Pruning)
+        values = prefer(searcher.values(), chosen, 1e3)
+        generator = torch.Generator().manual_seed(run.seed(f"finalists-{number}"))
+        drawn = finalists(problem, budgets, values, self.samples, generator, self.noise)
+        best, _ = race(problem, run, f"finalists-{number}", drawn, epochs=self.race_epochs)[0]
+        return prefer(values, best, 1e3)
+
+
+class Prunode(nn.Module):
+    """A block that runs at two of its widths; it stands where the block stood (section "bi-path").
+
+    Both paths are sliced, so the pass costs two narrow blocks at most. ``low`` and ``high`` index the options of
+    ``hidden``; ``logits`` (u) weigh the two. The optimum of a unimodal width-to-utility curve always stays between.
+    """
+
+    def __init__(self, block: nn.Module, *, separate: bool) -> None:
+        super().__init__()
+        self.hidden: Width = block.hidden  # pyright: ignore[reportAttributeAccessIssue]
+        del block._modules["hidden"]
+        self.block = block
+        self.second = copy.deepcopy(block) if separate else None
+        self.logits = nn.Parameter(torch.zeros(2))
+        self.low, self.high = 0, len(self.hidden.options) - 1
+        self.speed, self.winner = 1, -1
+
+    @property
+    def closed(self) -> bool:
+        return self.low == self.high
+
+    def open(self) -> Draw:
+        """What `hidden` draws: both widths with their probabilities."""
+        if self.closed:
+            return Draw([self.low], torch.ones(1))
+        return Draw([self.low, self.high], self.logits.softmax(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        indices, weights = self.hidden.draw()
+        block: Any = self.block
+        if self.second is None or len(indices) == 1:
+            y = block.body_at(x, *self.hidden.extent())
+        else:
+            second: Any = self.second
+            narrow, wide = (self.hidden.options[i] for i in indices)
+            y = weights[0] * block.body_at(x, narrow) + weights[1] * second.body_at(x, wide)
+        return x + block.drop_path(y) if block.residual else y
+
+    def move(self, confidence: float, *, momentum: bool, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """Bring the losing width closer to the winning one, if one of them wins clearly. Returns whether it moved."""
+        if self.closed:
+            return False
+        q = self.logits.detach().softmax(0)
+        winner = int(q.argmax())
+        if q[winner] < confidence:
+            return False
+        self.speed = 2 * self.speed if momentum and winner == self.winner else 1
+        self.speed = min(self.speed, max(1, (self.high - self.low) // 2))
+        self.winner = winner
+        if winner == 1:
+            self._grow(self.low + self.speed)
+        else:
+            self.high -= self.speed
+        with torch.no_grad():
+            self.logits.zero_()
+        if optimizer is not None:
+            optimizer.state.pop(self.logits, None)
+        return True
+
+    def _grow(self, low: int) -> None:
+        """Raise the narrow path's width; the channels it gains start as the winner's, not untrained."""
+        if self.second is not None:
+            old, new = self.hidden.options[self.low], self.hidden.options[low]
+            copy_channels(self.block, self.second, old, new)
+        self.low = low
+
+    def close(self) -> None:
+        """Decide for the more probable width."""
+        if int(self.logits.detach().argmax()) == 1:
+            if self.second is not None and not self.closed:
+                self.block = self.second
+            self.low = self.high
+        else:
+            self.high = self.low
+        self.second = None
+
+
+@torch.no_grad()
+def copy_channels(narrow: nn.Module, wide: nn.Module, start: int, stop: int) -> None:
+    """Copy hidden channels ``start:stop`` of one copy of a block into the other: every tensor that has them."""
+    full = wide.project.conv.in_channels  # pyright: ignore[reportAttributeAccessIssue]
+    source = wide.state_dict()
+    for name, tensor in narrow.state_dict().items():
+        for axis in (0, 1):
+            if tensor.dim() > axis and tensor.shape[axis] == full and _holds_hidden(name, axis):
+                part = slice(start, stop) if axis == 0 else (slice(None), slice(start, stop))
+                tensor[part] = source[name][part]
+
+
+def _holds_hidden(name: str, axis: int) -> bool:
+    layer = name.split(".")[0]
+    if layer == "squeeze":
+        return axis == (1 if "reduce" in name else 0)
+    return axis == (1 if layer == "project" else 0)
+
+
+class Pruning:
+    """The state of one search under one budget."""
+
+    def __init__(self, method: PruNet, problem: Problem, budgets: Sequence[Budget], chosen: dict) -> None:
+        self.method, self.problem = method, problem
+        self.targets = {b.metric: b.limit for b in budgets if b.metric in problem.prices}
+        self.supernet = problem.build()
+        for path, option in chosen.items():
+            decision = decisions(self.supernet)[path]
+            for other in [o for o in decision.options if o != option]:
+                decision.remove(other)
+        self.structural = set(chosen)
+        self.prunodes = self._insert_prunodes() if method.prunode else {}
+        self.depth: dict[str, nn.Parameter] = {}
+        """d of every layer that may be skipped, from the moment skipping is introduced."""
+        self.kept: set[str] = set()
+        """Layers decided to stay."""
+        self.steps = 0
+
+    def _insert_prunodes(self) -> dict[str, Prunode]:
+        found = {}
+        for path, decision in decisions(self.supernet).items():
+            if isinstance(decision, Width):
+                place = path.rpartition(".")[0]
+                block = self.supernet.get_submodule(place)
+                found[path] = Prunode(block, separate=self.method.copies == "separate")
+                self.supernet.set_submodule(place, found[path])
+        return found
+
+    def layers(self) -> dict[str, OneOf]:
+        found = decisions(self.supernet)
+        return {p: d for p, d in found.items() if isinstance(d, OneOf) and p not in self.structural}
+
+    def parameters(self) -> list[nn.Parameter]:
+        inner = [p.logits for p in self._alive_prunodes().values() if not p.closed]
+        layers = [d.logits for d in self.layers().values() if len(d.options) > 1]
+        return [*layers, *inner, *(d for path, d in self.depth.items() if path not in self.kept)]
+
+    def _alive_prunodes(self) -> dict[str, Prunode]:
+        alive = decisions(self.supernet)
+        return {path: prunode for path, prunode in self.prunodes.items() if path in alive}
+
+    # Mixing -------------------------------------------------------------------------------------------------------
+
+    def draw(self, generator: torch.Generator, *, learning: bool) -> None:
+        tau = self.method.temperature
+        gate = Gumbel(tau) if tau > 0 and learning else softmax
+        for path, decision in decisions(self.supernet).items():
+            decision.drawn = self._draw(path, decision, gate, generator)
+
+    def _draw(self, path: str, decision: Decision, gate: Any, generator: torch.Generator) -> Draw:
+        if path in self.prunodes:
+            return self.prunodes[path].open()
+        if isinstance(decision, Width):
+            return Draw([len(decision.options) - 1], torch.ones(1))
+        if len(decision.options) == 1:
+            return Draw([0], torch.ones(1))
+        # Skip takes part only through the depth gate: y = (1 - s) x + s * sum_j p_j block_j(x).
+        blocks = [i for i, option in enumerate(decision.options) if option != SKIP]
+        p = gate(decision.logits[blocks], generator).weights
+        if path not in self.depth or path in self.kept:
+            return Draw(blocks, p)
+        s = self.depth[path].sigmoid()
+        return Draw([*blocks, decision.index(SKIP)], torch.cat([s * p, (1 - s)[None]]))
+
+    def objective(self, loss: Tensor) -> Tensor:
+        self.draw(torch.Generator(), learning=False)  # the expectation takes the probabilities, without noise
+        costs = {n: expected(self.supernet, self.problem.prices[n], drawn=True) for n in self.targets}
+        if self.method.loss == "power":
+            factors = [latency_factor(costs[n], t, self.method.alpha, self.method.beta) for n, t in self.targets.items()]
+            return loss * torch.stack(factors).prod()
+        return loss + self.method.weight * relative_excess(costs, self.targets)
+
+    def excess(self) -> float:
+        """The largest expected share of a budget, minus 1."""
+        with torch.no_grad():
+            self.draw(torch.Generator(), learning=False)
+            prices = self.problem.prices
+            return max(expected(self.supernet, prices[n], drawn=True).item() / t for n, t in self.targets.items()) - 1
+
+    # The three tiers ----------------------------------------------------------------------------------------------
+
+    def stepped(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
+        """Tier 1: every K steps each Prunode may move. Near the end less confidence is asked, so that all close."""
+        self.steps += 1
+        if self.steps % self.method.check_every:
+            return
+        hurry = min(1.0, max(0.0, (progress - 0.8) / 0.2))
+        confidence = self.method.confidence + hurry * (0.5 - self.method.confidence)
+        for prunode in self._alive_prunodes().values():
+            prunode.move(confidence, momentum=self.method.momentum, optimizer=optimizer)
+
+    def sweep(self, progress: float, optimizer: torch.optim.Optimizer) -> list[dict]:
+        events: list[dict] = []
+        if self.method.block_pruning:
+            events += self._prune_blocks(self.method.block_threshold * progress, optimizer)
+        if self.method.layer_pruning and progress >= self.method.layers_from:
+            events += self._prune_layers(progress, optimizer)
+        if progress >= 1:
+            for prunode in self._alive_prunodes().values():
+                prunode.close()
+        return events
+
+    def _prune_blocks(self, threshold: float, optimizer: torch.optim.Optimizer) -> list[dict]:
+        """Tier 2: lowest first, never the last, each removal followed by new probabilities."""
+        events = []
+        for path, layer in self.layers().items():
+            while True:
+                blocks = [i for i, option in enumerate(layer.options) if option != SKIP]
+                p = layer.logits.detach()[blocks].softmax(0)
+                weakest = int(p.argmin())
+                if len(blocks) == 1 or p[weakest] >= threshold:
+                    break
+                option = layer.options[blocks[weakest]]
+                remove_option(layer, option, optimizer)
+                events.append({"path": path, "option": option, "tier": 2, "probability": p[weakest].item()})
+        return events
+
+    def _prune_layers(self, progress: float, optimizer: torch.optim.Optimizer) -> list[dict]:
+        """Tier 3: introduce the depth gates, then decide layer by layer, at most one removal per stage and sweep."""
+        if not self.depth:
+            start = math.log(self.method.layer_start / (1 - self.method.layer_start))
+            skippable = [path for path, layer in self.layers().items() if SKIP in layer.options]
+            self.depth = {path: nn.Parameter(torch.tensor(start)) for path in skippable}
+            return []
+        span = max(1e-9, 1 - self.method.layers_from)
+        margin = self.method.layer_margin * (1 - progress) / span
+        events, touched = [], set()
+        for path, d in sorted(self.depth.items(), key=lambda item: item[1].item()):
+            if path in self.kept:
+                continue
+            layer = self.layers()[path]
+            s, stage = d.sigmoid().item(), path.rpartition("_")[0]
+            if s > 0.5 + margin or progress >= 1 or self.excess() <= 0 and s >= 0.5 - margin:
+                if s > 0.5 + margin or progress >= 1:
+                    self._keep(path, layer, optimizer)
+            elif s < 0.5 - margin and stage not in touched and self.excess() > 0:
+                # Once the expected cost has reached the target, removing more would overshoot.
+                for option in [o for o in layer.options if o != SKIP]:
+                    remove_option(layer, option, optimizer)
+                del self.depth[path]
+                touched.add(stage)
+                events.append({"path": path, "option": "layer", "tier": 3, "probability": s})
+        return events
+
+    def _keep(self, path: str, layer: OneOf, optimizer: torch.optim.Optimizer) -> None:
+        self.kept.add(path)
+
+    # Results ------------------------------------------------------------------------------------------------------
+
+    def values(self) -> Options:
+        """What the search has learned, as a value per option; the knapsack does the rest under the hard budget.
+
+        A block counts with log p, a removed one with the log of what it had to stay above; a skip with log (1 - s). A
+        width counts with the log of itself up to the width found and grows slowly beyond, so that slack is spent.
+        """
+        values = {path: dict(row) for path, row in capacity(self.problem).items()}
+        alive = decisions(self.supernet)
+        for path, layer in self.layers().items():
+            p = dict(zip(layer.options, layer.logits.detach().log_softmax(0).tolist(), strict=True))
+            s = self._staying(path, layer)
+            for option in values[path]:
+                if option == SKIP:
+                    values[path][option] = math.log(max(1e-3, 1 - s))
+                else:
+                    values[path][option] = math.log(max(1e-3, s)) + max(p.get(option, -4.0), -4.0)
+        for path, prunode in self.prunodes.items():
+            found = prunode.hidden.options[prunode.high if path in alive else prunode.low]
+            for width in values[path]:
+                n = int(width)
+                values[path][width] = math.log(min(n, found)) + 0.25 * math.log(max(n, found) / found)
+        return values
+
+    def _staying(self, path: str, layer: OneOf) -> float:
+        if layer.options == [SKIP]:
+            return 0.0
+        if path in self.depth and path not in self.kept:
+            return self.depth[path].sigmoid().item()
+        return 1.0
+
+    def describe(self) -> dict[str, Any]:
+        with torch.no_grad():
+            self.draw(torch.Generator(), learning=False)
+            prices = self.problem.prices
+            costs = {name: expected(self.supernet, prices[name], drawn=True).item() for name in self.targets}
+            probabilities = {
+                path: {layer.options[i]: w.item() for i, w in zip(*layer.draw(), strict=True)}
+                for path, layer in self.layers().items()
+            }
+        widths = {
+            path: [prunode.hidden.options[prunode.low], prunode.hidden.options[prunode.high]]
+            for path, prunode in self._alive_prunodes().items()
+        }
+        target = self.targets.get("latency")
+        return {"expected": costs, "target": target, "probabilities": probabilities, "widths": widths}
+
+    # State --------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        alive = self._alive_prunodes()
+        return {
+            "steps": self.steps,
+            "options": {path: list(layer.options) for path, layer in self.layers().items()},
+            "prunodes": {p: [n.low, n.high, n.speed, n.winner, n.second is None] for p, n in alive.items()},
+            "depth": {path: d.detach().clone() for path, d in self.depth.items()},
+            "kept": sorted(self.kept),
+            "supernet": self.supernet.state_dict(),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for path, options in state["options"].items():
+            layer = self.layers()[path]
+            for option in [o for o in layer.options if o not in options]:
+                layer.remove(option)
+        for path, (low, high, speed, winner, single) in state["prunodes"].items():
+            node = self.prunodes[path]
+            node.low, node.high, node.speed, node.winner = low, high, speed, winner
+            if single:
+                node.second = None
+        self.depth = {path: nn.Parameter(d.clone()) for path, d in state["depth"].items()}
+        self.kept = set(state["kept"])
+        self.steps = state["steps"]
+        self.supernet.load_state_dict(state["supernet"])

@@ -1,0 +1,176 @@
+"""What is asked: a task, a space, budgets and a device, with everything priced. All that a method gets to see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from netsmith.architecture import Outline, outline
+from netsmith.cost.budget import Budget
+from netsmith.cost.counts import FileBytes, Macs, Params, Shape
+from netsmith.cost.memory import PeakMemory
+from netsmith.cost.prices import Atom, Options, Prices, atoms, tabulate
+from netsmith.decisions import Architecture, OneOf, Option, decisions, derive
+from netsmith.errors import UserError
+from netsmith.search.allocate import Limit, allocate, extreme
+from netsmith.tasks.classification import Task
+from netsmith.train.recipe import Recipe
+
+COUNTED = {"params": Params(), "macs": Macs(), "file": FileBytes()}
+"""Costs that add up over layers and need no device."""
+
+
+@dataclass
+class Problem:
+    """A search problem. Methods learn a value per option and leave the rest to the knapsack and the promise loop."""
+
+    task: Task
+    """Without its ``test`` split."""
+    build: Callable[[], nn.Module]
+    """Makes a fresh supernet; the same weights every time it is called."""
+    budgets: list[list[Budget]]
+    """One list of simultaneous budgets, absolute, per network that is wanted."""
+    latency: Prices
+    """Milliseconds on the device, calibrated on whole networks."""
+    recipe: Recipe
+    """How a final network is trained; short trainings scale it down."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self.task = self.task.without_test()
+
+    @property
+    def input_shape(self) -> Shape:
+        return self.task.input_shape
+
+    @cached_property
+    def shapes(self) -> nn.Module:
+        """The supernet without numbers: for counting."""
+        with torch.device("meta"):
+            return self.build()
+
+    @cached_property
+    def outline(self) -> Outline:
+        return outline(self.shapes)
+
+    @property
+    def parents(self) -> dict[str, tuple[str, str]]:
+        return self.outline.parents
+
+    @cached_property
+    def prices(self) -> dict[str, Prices]:
+        """Prices of every cost that adds up."""
+        counted = {name: tabulate(self.shapes, price, self.input_shape) for name, price in COUNTED.items()}
+        return {"latency": self.latency, **counted}
+
+    @cached_property
+    def atoms(self) -> list[Atom]:
+        return atoms(self.shapes, self.input_shape)
+
+    @cached_property
+    def structural(self) -> list[str]:
+        """Decisions whose options hold further layers to decide: stage widths, strides. Widths inside a block are not."""
+        found = decisions(self.shapes)
+        return sorted({outer for path, (outer, _) in self.parents.items() if isinstance(found[path], OneOf)})
+
+    @cached_property
+    def reference(self) -> Architecture:
+        """The dearest network of the space; relative budgets are relative to it."""
+        return extreme(self.latency.options, self.parents, largest=True)
+
+    def plain(self, architecture: Mapping[str, Option]) -> nn.Module:
+        """The network of ``architecture`` without numbers: for counting."""
+        return derive(self.shapes, architecture)
+
+    def network(self, architecture: Mapping[str, Option]) -> nn.Module:
+        """The network of ``architecture``, weights as the supernet is built."""
+        return derive(self.build(), architecture)
+
+    def limits(self, budgets: Sequence[Budget], scale: Mapping[str, float] | None = None) -> list[Limit]:
+        """The additive budgets as knapsack limits; ``scale`` corrects a limit by what measuring has shown."""
+        return [
+            Limit(
+                self.prices[budget.metric],
+                budget.limit * (scale or {}).get(budget.metric, 1.0),
+                name=budget.metric,
+            )
+            for budget in budgets
+            if budget.metric in self.prices
+        ]
+
+    def allocate(
+        self, values: Options, budgets: Sequence[Budget], scale: Mapping[str, float] | None = None
+    ) -> Architecture:
+        """The most valuable architecture within ``budgets`` as predicted; an option without a value is out.
+
+        Peak memory does not add up. An option whose block alone exceeds the limit is out; if the network as a whole still
+        exceeds it, it is cut off and the knapsack solved again.
+
+        Raises: Infeasible, naming the smallest reachable cost.
+        """
+        memory = [budget.limit for budget in budgets if budget.metric == "peak_memory"]
+        if memory:
+            values = self._fitting(values, min(memory))
+        values = _reachable(values, self.parents)
+        limits = [
+            replace(limit, prices=_restricted(self.prices[limit.name], values)) for limit in self.limits(budgets, scale)
+        ]
+        if not memory:
+            return allocate(values, limits, self.parents)
+        forbidden: list[Architecture] = []
+        for _ in range(200):
+            architecture = allocate(values, limits, self.parents, forbidden=forbidden)
+            if PeakMemory()(self.plain(architecture), self.input_shape) <= min(memory):
+                return architecture
+            forbidden.append(architecture)
+        raise UserError(f"no network within peak_memory<={min(memory):g}B found after cutting off {len(forbidden)}")
+
+    def _fitting(self, values: Options, memory: float) -> Options:
+        price = PeakMemory()
+        fitting = {path: dict(row) for path, row in values.items()}
+        for atom in self.atoms:
+            if atom.width is not None:
+                for width in [n for n in fitting[atom.width] if price(_on_meta(atom, n), atom.shape) > memory]:
+                    del fitting[atom.width][width]
+            elif atom.owner is not None and price(atom.module, atom.shape) > memory:
+                fitting[atom.owner[0]].pop(atom.owner[1], None)
+        # An option whose inner decision has nothing left is out as well, from the inside outwards.
+        for path in reversed(list(fitting)):
+            if not fitting[path]:
+                if path not in self.parents:
+                    raise UserError(f"no option of {path!r} fits into peak_memory<={memory:g}B")
+                outer, option = self.parents[path]
+                fitting[outer].pop(option, None)
+        return fitting
+
+
+def _reachable(values: Options, parents: Mapping[str, tuple[str, str]]) -> Options:
+    """Without the decisions whose outer option is out."""
+    found: Options = {}
+    for path, row in values.items():
+        if path not in parents or parents[path][1] in found.get(parents[path][0], ()):
+            found[path] = row
+    return found
+
+
+def _restricted(prices: Prices, values: Options) -> Prices:
+    options = {path: {option: prices.at(path, option) for option in row} for path, row in values.items()}
+    return replace(prices, options=options)
+
+
+def _on_meta(atom: Atom, width: Option) -> nn.Module:
+    with torch.device("meta"):
+        return atom.at(width)
+
+
+def prefer(values: Options, architecture: Mapping[str, Option], weight: float) -> Options:
+    """``values`` with a bonus on the options of one architecture: the knapsack then returns it where it fits, and
+    otherwise the network within the budget that shares the most with it."""
+    return {
+        path: {option: value + weight * (architecture.get(path) == option) for option, value in row.items()}
+        for path, row in values.items()
+    }

@@ -1,0 +1,127 @@
+"""The promise loop: allocate, export untrained, measure, correct, until the measured file keeps the budget.
+
+Latency and file size do not depend on the weights, so the winner is measured before anything is spent on training it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from netsmith.cost.budget import Budget, show
+from netsmith.cost.memory import PeakMemory
+from netsmith.cost.prices import Options
+from netsmith.decisions import Architecture
+from netsmith.errors import PromiseBroken
+from netsmith.run import Run
+from netsmith.search.problem import Problem
+from netsmith.ship.export import export
+
+AIM = 0.985
+"""Share of the limit that a correction aims at: the knapsack fills what it is given, the meter repeats within 1 %."""
+ENOUGH = 0.95
+"""Share of the limit from which a kept network is good enough to stop."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An architecture whose exported file keeps its budgets as measured."""
+
+    architecture: Architecture
+    predicted: dict[str, float]
+    measured: dict[str, float]
+    rounds: int
+
+
+def keep(
+    problem: Problem,
+    run: Run,
+    name: str,
+    values: Options,
+    budgets: Sequence[Budget],
+    time_file: Callable[[Path], float] | None,
+    *,
+    rounds: int = 5,
+) -> Kept:
+    """The most valuable architecture whose exported file keeps ``budgets``.
+
+    ``time_file`` returns measured milliseconds of an ONNX file; None where the device can only predict.
+
+    Raises: Infeasible when nothing is within the budgets; PromiseBroken when measuring contradicts the table for
+    ``rounds`` rounds.
+    """
+    result = run.once(f"promise-{name}", lambda: asdict(_keep(problem, run, name, values, budgets, time_file, rounds)))
+    return Kept(**result)
+
+
+def _keep(
+    problem: Problem,
+    run: Run,
+    name: str,
+    values: Options,
+    budgets: Sequence[Budget],
+    time_file: Callable[[Path], float] | None,
+    rounds: int,
+) -> Kept:
+    scale = {budget.metric: AIM if _measurable(budget, time_file) else 1.0 for budget in budgets}
+    best: Kept | None = None
+    previous: Architecture = {}
+    worst = ""
+    for number in range(1, rounds + 1):
+        architecture = problem.allocate(values, budgets, scale)
+        if architecture == previous:
+            break
+        previous = architecture
+        predicted = {b.metric: _predicted(problem, b, architecture) for b in budgets}
+        file = export(problem.network(architecture), problem.input_shape, run.path / "untrained.onnx")
+        measured = {b.metric: _measured(b, predicted[b.metric], file, time_file) for b in budgets}
+        broken = [b for b in budgets if measured[b.metric] > b.limit]
+        for b in budgets:
+            run.event(
+                "promise_round",
+                name=name,
+                round=number,
+                metric=b.metric,
+                limit=b.limit,
+                predicted=predicted[b.metric],
+                measured=measured[b.metric],
+                kept=b not in broken,
+            )
+        if not broken and (best is None or _use(budgets, measured) > _use(budgets, best.measured)):
+            best = Kept(architecture, predicted, measured, number)
+        if not broken and _use(budgets, measured) >= ENOUGH:
+            break
+        for b in budgets:
+            if _measurable(b, time_file):
+                scale[b.metric] = AIM * predicted[b.metric] / measured[b.metric]
+        if broken:
+            b = broken[0]
+            worst = f"{b} was measured at {show(measured[b.metric], b.unit)}"
+    if best is None:
+        raise PromiseBroken(f"no exported network kept its budget in {rounds} rounds: {worst}")
+    return Kept(best.architecture, best.predicted, best.measured, number)
+
+
+def _measurable(budget: Budget, time_file: Callable[[Path], float] | None) -> bool:
+    """Whether the file may disagree with the prediction; counts are exact."""
+    return budget.metric == "file" or (budget.metric == "latency" and time_file is not None)
+
+
+def _predicted(problem: Problem, budget: Budget, architecture: Architecture) -> float:
+    if budget.metric in problem.prices:
+        return problem.prices[budget.metric].of(architecture)
+    return PeakMemory()(problem.plain(architecture), problem.input_shape)
+
+
+def _measured(budget: Budget, predicted: float, file: Path, time_file: Callable[[Path], float] | None) -> float:
+    if budget.metric == "file":
+        return float(file.stat().st_size)
+    if budget.metric == "latency" and time_file is not None:
+        return time_file(file)
+    return predicted
+
+
+def _use(budgets: Sequence[Budget], measured: dict[str, float]) -> float:
+    """The largest share of a budget that is used; a network that uses more of its budget is the better one."""
+    return max(measured[b.metric] / b.limit for b in budgets)

@@ -1,0 +1,105 @@
+"""Rank architectures by training each for a short while: the dearest signal of quality, and the best one there is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from netsmith.architecture import dumps
+from netsmith.cost.budget import Budget
+from netsmith.cost.prices import Options
+from netsmith.decisions import Architecture
+from netsmith.run import Run
+from netsmith.search.allocate import Infeasible
+from netsmith.search.problem import Problem
+from netsmith.train.loop import evaluate, train
+
+
+def race(
+    problem: Problem, run: Run, name: str, entrants: Sequence[Architecture], *, epochs: Sequence[int] = (2,), keep: int = 3
+) -> list[tuple[Architecture, float]]:
+    """Train every entrant for ``epochs[0]``, the best ``1/keep`` of them for ``epochs[1]``, and so on.
+
+    Each training is a whole short schedule on ``train``, scored on ``search``. Returns entrants with their last score
+    (accuracy, 0 to 1), best first; those that went further stand before those that did not. Every training is a stage
+    of ``run``: a killed race goes on with the next entrant.
+    """
+    standing = list(entrants)
+    ranking: list[tuple[Architecture, float]] = []
+    for rung, length in enumerate(epochs):
+        scored = []
+        for number, architecture in enumerate(standing):
+            stage = f"{name}-{rung}-{number}"
+            score = run.once(stage, lambda a=architecture, s=stage: _short_training(problem, run, a, length, s))
+            scored.append((architecture, score))
+        scored.sort(key=lambda entry: -entry[1])
+        ranking = scored + ranking[len(scored) :]
+        standing = [architecture for architecture, _ in scored[: max(1, -(-len(scored) // keep))]]
+    return ranking
+
+
+def _short_training(problem: Problem, run: Run, architecture: Architecture, epochs: int, stage: str) -> float:
+    recipe = replace(problem.recipe, epochs=epochs, warmup_epochs=min(problem.recipe.warmup_epochs, epochs / 4))
+    torch.manual_seed(run.seed(stage))
+    network = problem.network(architecture)
+    train(network, problem.task, recipe, split="train", seed=run.seed(stage))
+    score = evaluate(network, problem.task, "search")
+    run.event("raced", stage=stage, epochs=epochs, score=score, architecture=architecture)
+    return score
+
+
+def settle(problem: Problem, run: Run, name: str, budgets: Sequence[Budget], values: Options, **race_options) -> Architecture:
+    """Decide the structural decisions (strides, stage widths): a race between the best network of each option.
+
+    Mixing such options in one supernet would cost a whole network per option, and where the resolution falls moves
+    accuracy more than all else, so they are tried, not relaxed. Returns the winner's structural choices.
+    """
+    structural = problem.structural
+    if not structural:
+        return {}
+    entrants = within_each(problem, budgets, values, structural)
+    winner = race(problem, run, name, entrants, **race_options)[0][0] if len(entrants) > 1 else entrants[0]
+    return {path: option for path, option in winner.items() if path in structural}
+
+
+def within_each(
+    problem: Problem, budgets: Sequence[Budget], values: Options, structural: Sequence[str]
+) -> list[Architecture]:
+    """The most valuable network within the budget for each structural option that has one."""
+    found: dict[str, Architecture] = {}
+    for path in structural:
+        for option in values[path]:
+            only = {**values, path: {option: values[path][option]}}
+            try:
+                architecture = problem.allocate(only, budgets)
+            except Infeasible:
+                continue
+            found.setdefault(dumps({p: architecture[p] for p in structural if p in architecture}), architecture)
+    return list(found.values())
+
+
+def finalists(
+    problem: Problem, budgets: Sequence[Budget], values: Options, count: int, generator: torch.Generator, noise: float
+) -> list[Architecture]:
+    """Distinct networks at the budget drawn around ``values``: the knapsack on Gumbel-perturbed values.
+
+    The first is the unperturbed optimum. For additive values this samples architectures with probability growing with
+    their value (perturb-and-MAP), under the hard budget.
+    """
+    found = {dumps(best): best for best in [problem.allocate(values, budgets)]}
+    for _ in range(4 * count):
+        if len(found) >= count:
+            break
+        drawn = problem.allocate(perturbed(values, generator, noise), budgets)
+        found.setdefault(dumps(drawn), drawn)
+    return list(found.values())
+
+
+def perturbed(values: Options, generator: torch.Generator, noise: float) -> Options:
+    def gumbel() -> float:
+        return float(-torch.log(-torch.log(torch.rand((), generator=generator, dtype=torch.float64).clamp_min(1e-12))))
+
+    return {path: {o: value + noise * gumbel() for o, value in row.items()} for path, row in values.items()}
+

@@ -1,0 +1,62 @@
+"""Random networks that use their budget, and values that know nothing: what baselines and searches start from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from netsmith.architecture import mutate, sample
+from netsmith.cost.budget import Budget
+from netsmith.cost.prices import Options
+from netsmith.decisions import Architecture, Option
+from netsmith.errors import UserError
+from netsmith.search.problem import Problem
+
+
+def usage(problem: Problem, architecture: Mapping[str, Option], budgets: Sequence[Budget]) -> float:
+    """The largest predicted share of a budget that adds up: 1 is exactly at the limit."""
+    return max(limit.prices.of(architecture) / limit.at_most for limit in problem.limits(budgets))
+
+
+def at_budget(
+    problem: Problem, budgets: Sequence[Budget], generator: torch.Generator, *, least: float = 0.97
+) -> Architecture:
+    """A random network whose predicted cost is ``least`` to 1 times the limit.
+
+    Drawn uniformly; where it misses the window, random single mutations that bring it closer are accepted until it is
+    in. The walk keeps most of the random network, where rejection would need thousands of draws for a small budget.
+    """
+    space = problem.outline
+    for _ in range(100):
+        architecture = sample(space, generator)
+        distance = _distance(usage(problem, architecture, budgets), least)
+        for _ in range(300):
+            if distance == 0:
+                return architecture
+            other = mutate(space, architecture, generator)
+            if (there := _distance(usage(problem, other, budgets), least)) < distance:
+                architecture, distance = other, there
+    raise UserError(f"no random network found within {least:.0%} to 100 % of {', '.join(map(str, budgets))}")
+
+
+def _distance(share: float, least: float) -> float:
+    return max(0.0, math.log(share), math.log(least / share))
+
+
+def flat(problem: Problem) -> Options:
+    """The same small value for everything, growing a little with capacity so that no budget is left unspent."""
+    return {path: {o: 1e-3 * v for o, v in row.items()} for path, row in capacity(problem).items()}
+
+
+def capacity(problem: Problem) -> Options:
+    """How much an option can do before anything is known: the logarithm of one plus its share of the MACs.
+
+    log(1 + MACs / m), with m the mean price of an option in the space: doubling a small block is worth more than
+    doubling a large one, and a skip is worth nothing.
+    """
+    macs = problem.prices["macs"].options
+    prices = [price for row in macs.values() for price in row.values() if price > 0]
+    unit = sum(prices) / len(prices)
+    return {path: {o: math.log1p(price / unit) for o, price in row.items()} for path, row in macs.items()}
