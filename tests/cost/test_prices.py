@@ -202,3 +202,16 @@ def test_a_single_open_block():
     block = MBConv(3, 3, hidden=Width((4, 8)))
     prices = tabulate(block, Params(), SHAPE)
     assert prices.of({"hidden": 4}) == Params()(derive(block, {"hidden": 4}), SHAPE)
+
+
+def test_modules_that_print_alike_are_not_confused():
+    class Scale(nn.Module):
+        def __init__(self, shape: tuple[int, ...]) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(shape))
+
+        def forward(self, x):
+            return x * self.weight
+
+    model = nn.Sequential(OneOf({"one": Scale((1,)), "each": Scale((3, 1, 1))}))
+    assert tabulate(model, Params(), SHAPE).options == {"0": {"one": 1.0, "each": 3.0}}

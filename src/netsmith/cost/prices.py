@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from netsmith.cost.counts import Shape, image, to_meta
+from netsmith.cost.counts import Shape, image, run_shapes, to_meta
 from netsmith.decisions import Decision, OneOf, Option, Width, _only_width, decisions, parents
 from netsmith.errors import UserError
 
@@ -81,8 +81,7 @@ def atoms(supernet: nn.Module, input_shape: Shape) -> list[Atom]:
     shadows = {path: shadow.get_submodule(path) for path, _, _, _ in found}
     for module in shadows.values():
         module.register_forward_pre_hook(note)
-    with torch.no_grad():
-        shadow(image(supernet, input_shape))
+    run_shapes(shadow, image(supernet, input_shape))
 
     for path, module in shadows.items():
         if id(module) not in shapes and _has_parameters(module):
@@ -126,7 +125,7 @@ def tabulate(supernet: nn.Module, price: Price, input_shape: Shape) -> Prices:
     for atom in atoms(supernet, input_shape):
         # Spaces repeat the same few blocks many times: what prints alike and has the same input costs the same.
         widths = tuple(options[atom.width]) if atom.width is not None else ()
-        key = (repr(atom.module), widths, atom.shape)
+        key = (repr(atom.module), *(p.shape for p in atom.module.parameters()), widths, atom.shape)
         if key not in known:
             known[key] = _along(price, atom, widths) if widths else price(atom.module, atom.shape)
         found = known[key]
@@ -147,7 +146,8 @@ def _along(price: Price, atom: Atom, widths: tuple[Option, ...]) -> dict[Option,
 
     def at(width: Option) -> float:
         with torch.device("meta"):
-            return price(atom.at(width), atom.shape)
+            block = atom.at(width)
+        return price(block, atom.shape)
 
     if getattr(price, "counted", False) and len(widths) > 4:
         nodes = [int(widths[i]) for i in (0, len(widths) // 2, -1)]

@@ -1,0 +1,38 @@
+"""Search spaces: functions that return an ordinary ``nn.Module`` with open decisions in it. Cheap to import."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from netsmith.errors import unknown
+
+if TYPE_CHECKING:
+    from torch import nn
+
+SPACES = {
+    "fbnet": "netsmith.spaces.fbnet:fbnet",
+    "prunet": "netsmith.spaces.prunet:prunet",
+    "fbnet_small": "netsmith.spaces.small:fbnet_small",
+    "prunet_small": "netsmith.spaces.small:prunet_small",
+}
+"""Name -> where its function is; every one takes ``classes``, ``channels`` and ``resolution`` (px)."""
+
+
+def open_space(name: str, **options: Any) -> nn.Module:
+    """The supernet of that name; ``options`` are the arguments of its function.
+
+    Raises: UserError for an unknown name or option.
+
+    >>> open_space("fbnet", classes=10, channels=1)
+    """
+    if name not in SPACES:
+        raise unknown("space", name, SPACES)
+    module, function = SPACES[name].split(":")
+    build = getattr(import_module(module), function)
+    known = inspect.signature(build).parameters
+    for option in options:
+        if option not in known:
+            raise unknown(f"option of space {name!r}:", option, known)
+    return build(**options)

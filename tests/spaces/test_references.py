@@ -1,0 +1,132 @@
+"""Plain reference networks: counts to the unit, and the same function as torchvision's."""
+
+import math
+
+import pytest
+import torch
+import torchvision.models as tv
+from torch import nn
+
+from netsmith.cost.counts import Macs, Params
+from netsmith.decisions import derive
+from netsmith.errors import UserError
+from netsmith.spaces import prunet, references
+from netsmith.spaces.references import fitting_strides, gpunet, mobilenet_v2, mobilenet_v3
+
+COUNTS = [
+    # GPUNet: parameters [prunet.md], GMAC [efficientnet.md]
+    ("0", 11_885_432, 3.309),
+    ("1", 12_704_192, 3.375),
+    ("2", 25_798_704, 8.709),
+    ("p0", 22_815_080, 1.870),
+    ("p1", 39_905_672, 3.242),
+]
+
+
+@pytest.mark.parametrize(("variant", "params", "gmacs"), COUNTS)
+def test_gpunets_to_the_unit(variant, params, gmacs):
+    with torch.device("meta"):
+        network = gpunet(variant)
+    size = references.GPUNET_RESOLUTIONS[variant]
+    assert Params()(network, (3, size, size)) == params
+    assert round(Macs()(network, (3, size, size)) / 1e9, 3) == gmacs
+
+
+@pytest.mark.parametrize("variant", ["p0", "p1"])
+def test_the_prunets_written_out_are_those_of_the_space(variant):
+    with torch.device("meta"):
+        derived = derive(prunet.prunet(), prunet.released(f"gpunet-{variant}"))
+        written = gpunet(variant)
+
+    def layers(network: nn.Module) -> list[str]:
+        """Convolutions, norms and activations as PyTorch prints them, in the order they run."""
+        return [
+            repr(m)
+            for m in network.modules()
+            if type(m).__module__.startswith("torch.") and not list(m.children()) and not isinstance(m, nn.Identity)
+        ]
+
+    assert sorted(layers(derived)) == sorted(layers(written))
+    blocks = [repr(m) for m in derived.modules() if type(m).__name__ in ("MBConv", "Head")]
+    assert blocks == [repr(m) for m in written.modules() if type(m).__name__ in ("MBConv", "Head")]
+
+
+OURS = {
+    "v2": (mobilenet_v2, tv.mobilenet_v2, {}, 3_504_872),
+    "v3-large": (mobilenet_v3, tv.mobilenet_v3_large, {"size": "large"}, 5_483_032),
+    "v3-small": (mobilenet_v3, tv.mobilenet_v3_small, {"size": "small"}, 2_542_856),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_mobilenets_at_full_width(name):
+    build, _, options, params = OURS[name]
+    with torch.device("meta"):
+        assert Params()(build(**options), (3, 224, 224)) == params
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("width", [0.35, 0.5, 0.75, 1.4])
+def test_scaled_mobilenets_are_torchvisions(name, width):
+    build, theirs, options, _ = OURS[name]
+    with torch.device("meta"):
+        mine, other = build(width, **options), theirs(width_mult=width)
+    assert Params()(mine, (3, 224, 224)) == Params()(other, (3, 224, 224))
+    assert Macs()(mine, (3, 224, 224)) == Macs()(other, (3, 224, 224))
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_mobilenets_compute_what_torchvisions_compute(name):
+    build, theirs, options, _ = OURS[name]
+    mine, other = build(0.5, **options).eval(), theirs(width_mult=0.5).eval()
+    x = torch.randn(2, 3, 64, 64)
+    # Layers with numbers, in the order they run, correspond one to one.
+    for a, b in zip(running(mine, x), running(other, x), strict=True):
+        a.load_state_dict(b.state_dict())
+    # 64 px would change our strides only if we asked for 64 px.
+    with torch.no_grad():
+        assert torch.allclose(mine(x), other(x), rtol=1e-4, atol=1e-5)
+
+
+def running(network: nn.Module, x: torch.Tensor) -> list[nn.Module]:
+    order: list[nn.Module] = []
+    hooks = [
+        m.register_forward_hook(lambda module, *_: order.append(module))
+        for m in network.modules()
+        if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)
+    ]
+    with torch.no_grad():
+        network(x)
+    for hook in hooks:
+        hook.remove()
+    return order
+
+
+@pytest.mark.parametrize(("resolution", "total"), [(224, 32), (96, 32), (64, 16), (32, 8), (28, 8), (8, 2), (2, 1)])
+def test_small_images_lose_the_first_strides(resolution, total):
+    strides = fitting_strides(references.V2_STRIDES, resolution)
+    assert math.prod(strides) == total
+    assert fitting_strides(strides, resolution) == strides
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(("channels", "resolution"), [(3, 32), (1, 28), (1, 8)])
+def test_small_images_run_forward_and_backward(name, channels, resolution):
+    build, _, options, _ = OURS[name]
+    network = build(0.35, 10, channels, resolution, **options)
+    y = network(torch.randn(4, channels, resolution, resolution))
+    assert y.shape == (4, 10)
+    y.square().sum().backward()
+    assert all(p.grad is not None for p in network.parameters())
+
+
+def test_given_strides_and_unknown_names():
+    with torch.device("meta"):
+        network = mobilenet_v2(strides=(1, 1, 1, 2, 2, 1, 2, 1), resolution=32)
+    assert [m.conv.stride[0] for m in network.modules() if type(m).__name__ == "ConvBn"].count(2) == 3
+    with pytest.raises(UserError, match="8 numbers here"):
+        mobilenet_v2(strides=(1, 2))
+    with pytest.raises(UserError, match="unknown MobileNetV3 'medium'"):
+        mobilenet_v3(size="medium")
+    with pytest.raises(UserError, match="unknown GPUNet 'P0'; did you mean"):
+        gpunet("P0")
