@@ -1,0 +1,321 @@
+"""The gate: the exported file is scored and timed again, and every budget is kept or broken by what it shows.
+
+The only place that touches the `test` split, once.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from netsmith.cost import meter
+from netsmith.cost.budget import Budget, show
+from netsmith.cost.counts import Macs, Params, Shape
+from netsmith.cost.device import Device, OrtCpu, TorchCpu, TorchCuda
+from netsmith.cost.memory import PeakMemory
+from netsmith.cost.meter import Measurement
+from netsmith.cost.table import TableDevice
+from netsmith.errors import PromiseBroken, UserError
+from netsmith.ship.layers import Layer, LayerPrice, layers
+from netsmith.tasks.classification import Task
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+PARITY = 1e-3
+"""Largest difference of an output, relative to the largest output. Another order of fp32 additions makes 1e-7 to 1e-4;
+a wrong layout, a norm folded twice or half precision somewhere make 1e-2 and more."""
+BATCH = 250
+"""Images at a time while scoring."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One budget and what became of it, in the unit of the budget."""
+
+    metric: str
+    limit: float
+    unit: str
+    measured: float | None
+    """None where it could only be predicted."""
+    kept: bool
+    text: str
+    """Such as: 812k params against a limit of 1.00M."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """PyTorch and the file side by side on the same images."""
+
+    accuracy: float
+    accuracy_exported: float
+    max_abs_diff: float
+    """Largest difference between two outputs; infinite where one of the two is not finite."""
+    relative_diff: float
+    """That over PyTorch's largest output."""
+    same_class: float
+    """Share of images on which both name the same class."""
+
+    @property
+    def holds(self) -> bool:
+        return self.relative_diff <= PARITY
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the file showed. `to_json()` are its pieces of `result.json`."""
+
+    kept: bool
+    sentence: str
+    metric: str
+    agreement: Agreement
+    budgets: list[Judged]
+    costs: dict[str, float | None]
+    """By the metrics of budgets: latency (ms, the median), params, macs, peak_memory and file (bytes)."""
+    latency: Measurement | None
+    predicted_ms: float | None
+    relative: dict[str, float]
+    """The same costs as shares of the reference's."""
+    layers: list[Layer] = field(repr=False)
+
+    def enforce(self) -> None:
+        """Raises: PromiseBroken with the sentence, unless all is kept."""
+        if not self.kept:
+            raise PromiseBroken(self.sentence)
+
+    def to_json(self) -> dict[str, Any]:
+        median = self.latency.median_ms if self.latency else None
+        interval = list(self.latency.ci95) if self.latency else None
+        judged = [{k: getattr(b, k) for k in ("metric", "limit", "unit", "measured", "kept")} for b in self.budgets]
+        return {
+            "kept": self.kept,
+            "verdict": self.sentence,
+            "metric": {
+                "name": self.metric,
+                "test": self.agreement.accuracy,
+                "test_exported": self.agreement.accuracy_exported,
+            },
+            "budgets": judged,
+            "cost": {
+                "params": self.costs["params"],
+                "macs": self.costs["macs"],
+                "peak_memory_bytes": self.costs["peak_memory"],
+                "file_bytes": self.costs["file"],
+                "latency_ms": {
+                    "predicted": self.predicted_ms,
+                    "median": median,
+                    "ci95": interval,
+                    "settled": self.latency.settled if self.latency else None,
+                },
+            },
+            "relative": self.relative,
+            "parity_max_abs_diff": self.agreement.max_abs_diff,
+            "parity_same_class": self.agreement.same_class,
+            "layers": [layer.to_json() for layer in self.layers],
+        }
+
+
+def gate(
+    network: nn.Module,
+    onnx_path: Path,
+    task: Task,
+    device: Device,
+    budgets: Sequence[Budget],
+    reference: Mapping[str, float] | None = None,
+    *,
+    predicted_ms: float | None = None,
+    predict_layer: LayerPrice | None = None,
+    seconds: float = 10.0,
+    layer_seconds: float = 10.0,
+) -> Verdict:
+    """Judge the file that `ship.export` made of ``network``; both are left as they are.
+
+    Args:
+        device: `OrtCpu` times the file itself, a PyTorch device the network, and a `TableDevice` nothing: its latency
+            is ``predicted_ms``, and said to be.
+        budgets: limits that hold at once; relative ones are shares of ``reference``.
+        reference: measured costs of the network to compare with, by the metrics of budgets, in their units.
+        seconds: bounds the timing; an interval that straddles the limit is timed once more for three times as long.
+        layer_seconds: for timing layer by layer; 0 leaves that out.
+
+    Raises: UserError for a file that cannot be loaded, a relative budget without reference, a latency budget on a
+        table without ``predicted_ms``, or a peak memory budget on a network that cannot be traced. A broken budget
+        does not raise: see `Verdict.enforce`.
+    """
+    reference = reference or {}
+    limits = {budget.metric: _limit(budget, reference) for budget in budgets}
+    plain = copy.deepcopy(network).cpu().float().eval()
+    shape = task.input_shape
+    runs = not isinstance(device, TableDevice)
+    if not runs and predicted_ms is None and "latency" in limits:
+        raise UserError(f"{device.name} is a table: its latency budget needs a predicted latency")
+
+    agreement = _agree(plain, _session(onnx_path), task)
+    measured = _time(plain, onnx_path, device, shape, limits.get("latency"), seconds) if runs else None
+    costs: dict[str, float | None] = {
+        "latency": measured.median_ms if measured else None,
+        "params": Params()(network, shape),
+        "macs": Macs()(network, shape),
+        "peak_memory": _peak(network, shape, needed="peak_memory" in limits),
+        "file": float(onnx_path.stat().st_size),
+    }
+    judged = [
+        _judge(budget, limits[budget.metric], costs[budget.metric], predicted_ms, measured, device)
+        for budget in budgets
+    ]
+    kept = agreement.holds and all(budget.kept for budget in judged)
+    relative = {name: value / reference[name] for name, value in costs.items() if value and reference.get(name)}
+    timed = device if runs and layer_seconds > 0 else None
+    return Verdict(
+        kept=kept,
+        sentence=_sentence(kept, judged, agreement, measured, relative),
+        metric=task.metric,
+        agreement=agreement,
+        budgets=judged,
+        costs=costs,
+        latency=measured,
+        predicted_ms=predicted_ms,
+        relative=relative,
+        layers=layers(plain, shape, timed, predict=predict_layer, seconds=layer_seconds),
+    )
+
+
+def _limit(budget: Budget, reference: Mapping[str, float]) -> float:
+    if budget.relative and budget.metric not in reference:
+        raise UserError(f"budget {budget} is relative, and the reference's {budget.metric} is not known")
+    return budget.absolute(reference.get(budget.metric, 0.0))
+
+
+def _session(path: Path) -> onnxruntime.InferenceSession:
+    try:
+        return OrtCpu(threads=torch.get_num_threads()).session(path)
+    except UserError:
+        raise
+    except Exception as error:  # the runtime's errors share no class of their own
+        raise UserError(f"{path} cannot be loaded by ONNX Runtime: {str(error).splitlines()[0]}") from error
+
+
+def _agree(network: nn.Module, session: onnxruntime.InferenceSession, task: Task) -> Agreement:
+    """Both over the whole test split, in one pass."""
+    entry = session.get_inputs()[0]
+    images = right = right_exported = same = 0
+    difference = largest = 0.0
+    for batch, labels in task.batches("test", BATCH, train=False):
+        with torch.inference_mode():
+            ours = network(batch).numpy()
+        array = np.ascontiguousarray(batch.numpy())
+        pieces = np.split(array, len(array)) if entry.shape[0] == 1 else [array]
+        theirs = np.concatenate([np.asarray(session.run(None, {entry.name: piece})[0]) for piece in pieces])
+        images += len(labels)
+        right += int((ours.argmax(1) == labels.numpy()).sum())
+        right_exported += int((theirs.argmax(1) == labels.numpy()).sum())
+        same += int((ours.argmax(1) == theirs.argmax(1)).sum())
+        with np.errstate(invalid="ignore"):  # infinite outputs
+            difference = max(difference, _largest(ours - theirs))
+        largest = max(largest, _largest(ours))
+    relative = difference / largest if 0 < largest < math.inf else float(difference > 0)
+    return Agreement(right / images, right_exported / images, difference, relative, same / images)
+
+
+def _largest(values: np.ndarray) -> float:
+    """The largest absolute value; infinite where one is NaN."""
+    sizes = np.abs(values)
+    return math.inf if np.isnan(sizes).any() else float(sizes.max())
+
+
+def _time(
+    network: nn.Module, path: Path, device: Device, shape: Shape, limit: float | None, seconds: float
+) -> Measurement:
+    source = network if isinstance(device, TorchCpu | TorchCuda) else path
+    timed = {"network": device.load(source, shape)}
+    measured = meter.measure(timed, seconds=seconds)["network"]
+    if limit is not None and _straddles(measured, limit):
+        measured = meter.measure(timed, seconds=3 * seconds, precision=0.002)["network"]
+    return measured
+
+
+def _straddles(measured: Measurement, limit: float) -> bool:
+    return measured.ci95[0] <= limit < measured.ci95[1]
+
+
+def _peak(network: nn.Module, shape: Shape, *, needed: bool) -> float | None:
+    try:
+        return PeakMemory()(network, shape)
+    except UserError:
+        if needed:
+            raise
+        return None
+
+
+def _judge(
+    budget: Budget,
+    limit: float,
+    value: float | None,
+    predicted_ms: float | None,
+    measured: Measurement | None,
+    device: Device,
+) -> Judged:
+    decisive = predicted_ms if value is None else value
+    assert decisive is not None
+    kept = decisive <= limit
+    shown, bound = _apart(decisive, limit, budget.unit)
+    if budget.metric != "latency":
+        what = f"{shown} {budget.metric.replace('_', ' ')}"
+    elif measured is None:
+        what = f"{shown} predicted only (nothing runs on the table {device.name})"
+    else:
+        where = "" if isinstance(device, OrtCpu) else f" in PyTorch on {device.name}, not from the file,"
+        what = f"{shown} measured{where} (95 % interval {_interval(*measured.ci95)})"
+    text = f"{what} against a limit of {bound}"
+    if measured is not None and budget.metric == "latency" and _straddles(measured, limit):
+        text += ", decided by the median as the interval straddles the limit"
+    return Judged(budget.metric, limit, budget.unit, value, kept, text)
+
+
+def _sentence(
+    kept: bool,
+    judged: list[Judged],
+    agreement: Agreement,
+    measured: Measurement | None,
+    relative: dict[str, float],
+) -> str:
+    """Broken promises first."""
+    parts = [budget.text for budget in judged if not budget.kept]
+    if not agreement.holds:
+        parts.insert(0, f"the file's outputs differ from PyTorch's by {agreement.max_abs_diff:.2g}, "
+                     f"{agreement.relative_diff:.1g} of the largest, where {PARITY:g} is allowed")  # fmt: skip
+    held = [budget.text for budget in judged if budget.kept]
+    if parts and held:
+        held[0] = f"kept: {held[0]}"
+    parts += held
+    if measured is not None and not measured.settled:
+        parts.append("the machine was too busy for a narrow interval")
+    if "latency" in relative:
+        parts.append(f"{relative['latency']:.2f}x the reference's latency")
+    scores = f"{_percent(agreement.accuracy_exported)} through the file, {_percent(agreement.accuracy)} in PyTorch"
+    return f"{'kept' if kept else 'broken'}: {'; '.join([*parts, scores])}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _apart(value: float, limit: float, unit: str) -> tuple[str, str]:
+    """Both as text, in full where three digits would make one of what is two."""
+    shown = show(value, unit), show(limit, unit)
+    if shown[0] == shown[1] and value != limit:
+        return f"{value:.8g} {unit}".strip(), f"{limit:.8g} {unit}".strip()
+    return shown
+
+
+def _interval(low: float, high: float) -> str:
+    first, second = show(low, "ms").split(), show(high, "ms").split()
+    return f"{first[0]}-{second[0]}" if first[1] == second[1] else f"{' '.join(first)} - {' '.join(second)}"
