@@ -60,7 +60,7 @@ def train(module: nn.Module, task: Task, recipe: Recipe, *, split: str = "train"
     if recipe.distillation and teacher is None:
         raise UserError(f"recipe.distillation is {recipe.distillation}, but there is no teacher to learn from")
     last = recipe.epochs if epochs is None else min(epochs, recipe.epochs)
-    for network in filter(None, (module, teacher)):
+    for network in (module, *([] if teacher is None else [teacher])):
         # Channels last: small networks train about twice as fast on the CPU.
         network.to(device=torch.device(device), memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     run = _Training(module, task, recipe, split, seed, teacher, torch.device(device))
