@@ -6,14 +6,11 @@ The only place that touches the `test` split, once.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-import torch
 from torch import nn
 
 from netsmith.cost import meter
@@ -24,17 +21,9 @@ from netsmith.cost.memory import PeakMemory
 from netsmith.cost.meter import Measurement
 from netsmith.cost.table import TableDevice
 from netsmith.errors import PromiseBroken, UserError
+from netsmith.ship.agreement import PARITY, Agreement, agree
 from netsmith.ship.layers import Layer, LayerPrice, layers
 from netsmith.tasks.classification import Task
-
-if TYPE_CHECKING:
-    import onnxruntime
-
-PARITY = 1e-3
-"""Largest difference of an output, relative to the largest output. Another order of fp32 additions makes 1e-7 to 1e-4;
-a wrong layout, a norm folded twice or half precision somewhere make 1e-2 and more."""
-BATCH = 250
-"""Images at a time while scoring."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +38,6 @@ class Judged:
     kept: bool
     text: str
     """Such as: 812k params against a limit of 1.00M."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """PyTorch and the file side by side on the same images."""
-
-    accuracy: float
-    accuracy_exported: float
-    max_abs_diff: float
-    """Largest difference between two outputs; infinite where one of the two is not finite."""
-    relative_diff: float
-    """That over PyTorch's largest output."""
-    same_class: float
-    """Share of images on which both name the same class."""
-
-    @property
-    def holds(self) -> bool:
-        return self.relative_diff <= PARITY
 
 
 @dataclass(frozen=True)
@@ -158,7 +129,7 @@ def gate(
     if not runs and predicted_ms is None and "latency" in limits:
         raise UserError(f"{device.name} is a table: its latency budget needs a predicted latency")
 
-    agreement = _agree(plain, _session(onnx_path), task)
+    agreement = agree(plain, onnx_path, task)
     measured = _time(plain, onnx_path, device, shape, limits.get("latency"), seconds) if runs else None
     costs: dict[str, float | None] = {
         "latency": measured.median_ms if measured else None,
@@ -192,43 +163,6 @@ def _limit(budget: Budget, reference: Mapping[str, float]) -> float:
     if budget.relative and budget.metric not in reference:
         raise UserError(f"budget {budget} is relative, and the reference's {budget.metric} is not known")
     return budget.absolute(reference.get(budget.metric, 0.0))
-
-
-def _session(path: Path) -> onnxruntime.InferenceSession:
-    try:
-        return OrtCpu(threads=torch.get_num_threads()).session(path)
-    except UserError:
-        raise
-    except Exception as error:  # the runtime's errors share no class of their own
-        raise UserError(f"{path} cannot be loaded by ONNX Runtime: {str(error).splitlines()[0]}") from error
-
-
-def _agree(network: nn.Module, session: onnxruntime.InferenceSession, task: Task) -> Agreement:
-    """Both over the whole test split, in one pass."""
-    entry = session.get_inputs()[0]
-    images = right = right_exported = same = 0
-    difference = largest = 0.0
-    for batch, labels in task.batches("test", BATCH, train=False):
-        with torch.inference_mode():
-            ours = network(batch).numpy()
-        array = np.ascontiguousarray(batch.numpy())
-        pieces = np.split(array, len(array)) if entry.shape[0] == 1 else [array]
-        theirs = np.concatenate([np.asarray(session.run(None, {entry.name: piece})[0]) for piece in pieces])
-        images += len(labels)
-        right += int((ours.argmax(1) == labels.numpy()).sum())
-        right_exported += int((theirs.argmax(1) == labels.numpy()).sum())
-        same += int((ours.argmax(1) == theirs.argmax(1)).sum())
-        with np.errstate(invalid="ignore"):  # infinite outputs
-            difference = max(difference, _largest(ours - theirs))
-        largest = max(largest, _largest(ours))
-    relative = difference / largest if 0 < largest < math.inf else float(difference > 0)
-    return Agreement(right / images, right_exported / images, difference, relative, same / images)
-
-
-def _largest(values: np.ndarray) -> float:
-    """The largest absolute value; infinite where one is NaN."""
-    sizes = np.abs(values)
-    return math.inf if np.isnan(sizes).any() else float(sizes.max())
 
 
 def _time(
