@@ -62,8 +62,9 @@ class Reference:
     kernel: Callable[[], None]
     best: float = math.inf
     memory: Path | None = None
-    lifetime: float = 24 * 3600.0
-    """Seconds after which the file is forgotten: machines change (seconds; ours)."""
+    lifetime: float = 30 * 24 * 3600.0
+    """Seconds after which the file is forgotten, for machines change. Not shorter: values are scaled to this best, and
+    minutes of 5 % lower clock were seen, so a new best shifts all that is measured later."""
     loose: float = 1.12
     """Processes differ by some per cent (where the buffers lie in memory): only a best this much slower than the
     known one is a slow phase."""
@@ -111,7 +112,7 @@ def measure(
     *,
     seconds: float = 10.0,
     minimum_seconds: float = 1.0,
-    precision: float = 0.005,
+    precision: float = 0.01,
     samples: int = 30,
     warmup_calls: int = 10,
     warmup_seconds: float = 0.2,
@@ -160,12 +161,13 @@ def measure(
 
 
 def quick(
-    functions: Mapping[str, Callable[[], object]], *, samples: int = 15, **options: object
+    functions: Mapping[str, Callable[[], object]], *, samples: int = 12, **options: object
 ) -> dict[str, Measurement]:
     """`measure` for the many entries of a table: a few accepted samples each, no narrow interval. The time limit
     grows with the group.
 
-    One sample in a table costs what its reference kernel costs, so an entry of 100 us takes about two milliseconds.
+    About 10 ms an entry on a quiet machine, up to the limit of 30 ms on a busy one (of 10-100 us; larger ones take
+    24 times their own duration and more).
     """
     defaults: dict[str, object] = {"samples": samples, "precision": math.inf, "minimum_seconds": 0.0, "warmup_calls": 2,
                                    "warmup_seconds": 0.0, "seconds": 1.0 + 0.03 * len(functions)}  # fmt: skip
