@@ -162,7 +162,8 @@ class Calibration:
     """latency = constant + scale * (sum of the entries) + per_layer * (number of entries), milliseconds.
 
     An entry carries the cost of starting the runtime, which a network pays once, so `per_layer` may be negative; the
-    others may not. Tried on 34 networks at 32 pixels on a busy machine, ten to fit: 3.7 % off the others, raw sums 5.2 %.
+    others may not. Tried on 34 networks at 32 pixels on a busy machine, ten to fit: 3.7 % off the others, the raw
+    sums 5.2 %.
 
     >>> Calibration.fit(raw_sums=[1.0, 2.0], layer_counts=[5, 9], measured=[0.8, 1.6]).predict(3.0, 12)
     2.4
