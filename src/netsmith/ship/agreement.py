@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 PARITY = 1e-3
-"""Largest difference of an output that is allowed, relative to the largest output. Another order of fp32 additions makes
+"""Largest difference of an output allowed, relative to the largest output. Another order of fp32 additions makes
 5e-7 (ours) to 2e-4 (the worst of 18 timm networks); a mistake in layout, folding or weights makes far more."""
 BATCH = 250
 """Images at a time while scoring."""
