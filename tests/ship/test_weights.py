@@ -106,10 +106,11 @@ def test_a_front_asks_which(run):
     assert str(netsmith.load(folder / "latency-0.3x")) == str(network)
 
 
-def test_from_inside_a_point(run, monkeypatch):
+@pytest.mark.parametrize("place", ["point", "others/reference"])
+def test_from_inside_a_point(run, monkeypatch, place):
     folder, network = run
-    weights.save(folder / "point", network, json.loads((folder / "architecture.json").read_text()))
-    monkeypatch.chdir(folder / "point")
+    weights.save(folder / place, network, json.loads((folder / "architecture.json").read_text()))
+    monkeypatch.chdir(folder / place)
     netsmith.load(".")
 
 

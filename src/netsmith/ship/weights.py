@@ -29,7 +29,7 @@ PROBLEM = "problem.yaml"
 def save(folder: Path, network: nn.Module, architecture: dict[str, Option]) -> None:
     """Write a derived network into ``folder``, made if need be; its weights are kept bit for bit.
 
-    The space is not written: it stands in the run's `problem.yaml`, in ``folder`` or the one around it.
+    The space is not written: it stands in the run's `problem.yaml`, in ``folder`` or up to two folders above.
     """
     from safetensors.torch import save_file
 
@@ -75,7 +75,8 @@ def _none_here(folder: Path) -> UserError:
 
 def _space(folder: Path) -> tuple[str, dict[str, Any], Path]:
     """The space's name and options, and the file they stand in."""
-    found = [path for path in (folder / PROBLEM, folder.resolve().parent / PROBLEM) if path.is_file()]
+    # A point lies in its run, the networks it was compared with one folder deeper.
+    found = [path for place in (folder, *folder.resolve().parents[:2]) if (path := place / PROBLEM).is_file()]
     if not found:
         raise UserError(f"{folder / PROBLEM} is missing: it names the space that {ARCHITECTURE} belongs to")
     try:
