@@ -1,0 +1,125 @@
+"""What a search is asked for, and the strict reader of YAML files that ask for it. Importing it loads no torch.
+
+    task: fashion-mnist
+    budget: [latency<=0.3x, params<=500k]
+    method: fbnet
+    method_options: {samples: 10, steps: {epochs: 20}}
+    recipe: {learning_rate: 5e-2}
+
+A file holds the fields of `SearchOptions`; a `problem.yaml` of a run is such a file too, so a run can be repeated.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from netsmith.errors import UserError
+
+Options = TypeVar("Options")
+
+RECORDED = ("format", "command")
+"""Keys of a `problem.yaml` that ask for nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """Search a network that keeps a budget, train it, export it, and measure the exported file."""
+
+    task: str = "digits"
+    """What to learn: `netsmith list tasks`, or folder:DIR for your own images."""
+    data: Path | None = None
+    """Folder with the files of the task (else $NETSMITH_DATA, ./data, ../shared/data)."""
+    space: str | None = None
+    """Where to search: `netsmith list spaces` (default: by image size and method)."""
+    method: str = "prunet"
+    """How to search: `netsmith list methods`."""
+    budget: tuple[str, ...] = ("latency<=0.5x",)
+    """What the file must keep, quoted: 'latency<=5ms', 'params<=1M'; x is relative to the largest network of the
+    space; several limits, 'latency<=0.3x,0.5x', make a front; may be repeated for budgets that hold at once."""
+    device: str = "ort-cpu"
+    """What latency is measured on: `netsmith list devices`; options as in ort-cpu:threads=2."""
+    table: Path | None = None
+    """Search for a device that is not here: a table of its latencies, measured by others."""
+    table_part: str | None = None
+    """Which table of a file that holds several, such as gpu."""
+    seed: int = 0
+    """Of everything random: the same seed, the same network."""
+    out: Path | None = None
+    """Folder of the run (default: runs/TASK-METHOD-NUMBER)."""
+    epochs: int | None = None
+    """Passes of the final training (default: by the number and size of the images)."""
+    search_epochs: int | None = None
+    """Passes of the training inside the search (default: the method's)."""
+    baselines: tuple[str, ...] = ("random", "capacity")
+    """Methods to compare with, at the same budget and with the same training; none: --baselines with no name."""
+    space_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the space's function; in a file only."""
+    method_options: dict[str, Any] = field(default_factory=dict)
+    """Fields of the method's dataclass; in a file only."""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """Fields of `Recipe`, how networks are trained; in a file only."""
+
+
+def read_config(file: Path) -> SearchOptions:
+    """The options in a YAML file. Raises: UserError for a file that is missing, no YAML, or asks for the unknown."""
+    import yaml
+
+    from netsmith.run import load_yaml
+
+    try:
+        data = load_yaml(file.read_text("utf-8"))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        raise UserError(f"{file} is no YAML" + (f": see line {where.line + 1}" if where else "")) from error
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise UserError(f"{file} holds a {type(data).__name__}; options are a mapping, such as 'task: digits'")
+    try:
+        return checked(SearchOptions, {key: value for key, value in data.items() if key not in RECORDED})
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from error
+
+
+def checked(kind: type[Options], data: dict[str, Any], path: str = "") -> Options:
+    """A dataclass from plain data, strictly: no unknown keys, no "3" for 3. ``path`` stands before the keys in errors.
+
+    Raises: UserError such as "method_options.populaton: unknown; did you mean population?".
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    for key in _unknown(kind, data, path):
+        raise UserError(key)
+    try:
+        # JSON, because strict Python mode takes no dict for a dataclass and no list for a tuple.
+        return TypeAdapter(kind).validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as errors:
+        error = errors.errors()[0]
+        where = ".".join([path, *map(str, error["loc"])]).lstrip(".")
+        should = (
+            error["msg"].removeprefix("Input ").replace("a valid array", "a list").replace("an object", "a mapping")
+        )
+        raise UserError(f"{where}: {error['input']!r} was given; it {should}") from None
+
+
+def _unknown(kind: Any, data: Any, path: str) -> Iterator[str]:
+    """A sentence for every key that the dataclass, or one inside it, does not have."""
+    if not isinstance(data, dict):
+        return
+    hints = get_type_hints(kind)
+    known = {field.name: hints[field.name] for field in fields(kind)}
+    for key, value in data.items():
+        where = f"{path}.{key}".lstrip(".")
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"allowed: {', '.join(known) or 'nothing'}"
+            yield f"{where}: unknown; {hint}"
+        elif is_dataclass(known[key]):
+            yield from _unknown(known[key], value, where)
