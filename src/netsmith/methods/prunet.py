@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options, expected
 from netsmith.decisions import Decision, Draw, OneOf, Width, decisions
-from netsmith.gates import Gumbel, softmax
+from netsmith.gates import Gate, Gumbel, softmax
 from netsmith.run import Run
 from netsmith.search.differentiable import Steps, latency_factor, learn, relative_excess, remove_option
 from netsmith.search.problem import Problem, prefer
@@ -44,6 +44,12 @@ class PruNet:
     copies: Literal["separate", "shared"] = "shared"
     """separate: two copies of the block, as in the paper; shared: one set of weights under both masks. Mixing before the
     last batch norm, the shared pair costs a single pass of the wider width."""
+    paths: Literal["all", "one"] = "one"
+    """What a weight step runs in each layer. all: every block and both widths, mixed; one: a single path drawn from the
+    probabilities (ours; a quarter of the time, and weights that work alone). Architecture steps always mix all."""
+    headroom: float = 2.0
+    """Widths start below the uniform expansion at which the full-depth network costs this many budgets (ours); the
+    space's widest network is often ten budgets, and training it first teaches little. 0: no ceiling."""
     check_every: int = 5
     """Architecture steps between two moves of a Prunode (K; ours)."""
     confidence: float = 0.55
@@ -206,12 +212,39 @@ class Pruning:
             for other in [o for o in decision.options if o != option]:
                 decision.remove(other)
         self.structural = set(chosen)
+        if method.headroom:
+            self._lower_ceiling(method.headroom)
         self.prunodes = self._insert_prunodes() if method.prunode else {}
         self.depth: dict[str, nn.Parameter] = {}
         """d of every layer that may be skipped, from the moment skipping is introduced."""
         self.kept: set[str] = set()
         """Layers decided to stay."""
         self.steps = 0
+
+    def _lower_ceiling(self, headroom: float) -> None:
+        """Remove the widths above the largest uniform expansion whose full-depth network costs ``headroom`` budgets."""
+        found = {path: d for path, d in decisions(self.supernet).items() if isinstance(d, Width)}
+        inputs = {path: self.supernet.get_submodule(path.rpartition(".")[0]).options["inputs"] for path in found}
+
+        def kept(path: str, expansion: float) -> list[int]:
+            widths = found[path].options
+            return [n for n in widths if n <= expansion * inputs[path]] or widths[:2]
+
+        def cost(expansion: float) -> float:
+            shares = []
+            for name, target in self.targets.items():
+                prices = self.problem.prices[name]
+                first = {path: d.options[0] for path, d in decisions(self.supernet).items() if isinstance(d, OneOf)}
+                chosen = {path: kept(path, expansion)[-1] for path in found if path.split(".")[-2] in first.values()}
+                shares.append(prices.of({**first, **chosen}) / target)
+            return max(shares)
+
+        expansion = 8.0
+        while expansion > 0.5 and cost(expansion) > headroom:
+            expansion *= 0.95
+        for path, width in found.items():
+            for n in [n for n in width.options if n not in kept(path, expansion)]:
+                width.remove(n)
 
     def _insert_prunodes(self) -> dict[str, Prunode]:
         found = {}
@@ -239,12 +272,24 @@ class Pruning:
     # Mixing -------------------------------------------------------------------------------------------------------
 
     def draw(self, generator: torch.Generator, *, learning: bool) -> None:
-        tau = self.method.temperature
-        gate = Gumbel(tau) if tau > 0 and learning else softmax
+        if not learning and self.method.paths == "one":
+            self._draw_one(generator)
+        else:
+            self._mix(Gumbel(self.method.temperature) if self.method.temperature > 0 else softmax, generator)
+
+    def _mix(self, gate: Gate, generator: torch.Generator) -> None:
         for path, decision in decisions(self.supernet).items():
             decision.drawn = self._draw(path, decision, gate, generator)
 
-    def _draw(self, path: str, decision: Decision, gate: Any, generator: torch.Generator) -> Draw:
+    def _draw_one(self, generator: torch.Generator) -> None:
+        """One block per layer and one width per Prunode, each with its probability."""
+        self._mix(softmax, generator)
+        for decision in decisions(self.supernet).values():
+            indices, weights = decision.draw()
+            i = int(torch.multinomial(weights.detach(), 1, generator=generator))
+            decision.drawn = Draw([indices[i]], torch.ones(1))
+
+    def _draw(self, path: str, decision: Decision, gate: Gate, generator: torch.Generator) -> Draw:
         if path in self.prunodes:
             return self.prunodes[path].open()
         if isinstance(decision, Width):
@@ -260,17 +305,19 @@ class Pruning:
         return Draw([*blocks, decision.index(SKIP)], torch.cat([s * p, (1 - s)[None]]))
 
     def objective(self, loss: Tensor) -> Tensor:
-        self.draw(torch.Generator(), learning=False)  # the expectation takes the probabilities, without noise
+        self._mix(softmax, torch.Generator())  # the expectation takes the probabilities, without noise
         costs = {n: expected(self.supernet, self.problem.prices[n], drawn=True) for n in self.targets}
         if self.method.loss == "power":
-            factors = [latency_factor(costs[n], t, self.method.alpha, self.method.beta) for n, t in self.targets.items()]
+            factors = [
+                latency_factor(costs[n], t, self.method.alpha, self.method.beta) for n, t in self.targets.items()
+            ]
             return loss * torch.stack(factors).prod()
         return loss + self.method.weight * relative_excess(costs, self.targets)
 
     def excess(self) -> float:
         """The largest expected share of a budget, minus 1."""
         with torch.no_grad():
-            self.draw(torch.Generator(), learning=False)
+            self._mix(softmax, torch.Generator())
             prices = self.problem.prices
             return max(expected(self.supernet, prices[n], drawn=True).item() / t for n, t in self.targets.items()) - 1
 
@@ -327,7 +374,7 @@ class Pruning:
                 continue
             layer = self.layers()[path]
             s, stage = d.sigmoid().item(), path.rpartition("_")[0]
-            if s > 0.5 + margin or progress >= 1 or self.excess() <= 0 and s >= 0.5 - margin:
+            if s > 0.5 + margin or progress >= 1 or (self.excess() <= 0 and s >= 0.5 - margin):
                 if s > 0.5 + margin or progress >= 1:
                     self._keep(path, layer, optimizer)
             elif s < 0.5 - margin and stage not in touched and self.excess() > 0:
@@ -376,7 +423,7 @@ class Pruning:
 
     def describe(self) -> dict[str, Any]:
         with torch.no_grad():
-            self.draw(torch.Generator(), learning=False)
+            self._mix(softmax, torch.Generator())
             prices = self.problem.prices
             costs = {name: expected(self.supernet, prices[name], drawn=True).item() for name in self.targets}
             probabilities = {

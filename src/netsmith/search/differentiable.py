@@ -56,7 +56,7 @@ class Searcher(Protocol):
         ...
 
     def draw(self, generator: torch.Generator, *, learning: bool) -> None:
-        """Decide what the next pass runs; ``learning`` is False while only weights learn."""
+        """Decide what the next pass runs; ``learning`` tells an architecture step from a weight step."""
         ...
 
     def objective(self, loss: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class _Loop:
         losses = {"train_loss": 0.0, "search_loss": 0.0}
         count = 0
         for images, labels in self._batches("train", seed):
-            searcher.draw(generator, learning=learning)
+            searcher.draw(generator, learning=False)
             loss = F.cross_entropy(searcher.supernet(images), labels)
             self.weights.zero_grad()
             loss.backward()

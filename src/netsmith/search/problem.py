@@ -169,8 +169,16 @@ def _on_meta(atom: Atom, width: Option) -> nn.Module:
 
 def prefer(values: Options, architecture: Mapping[str, Option], weight: float) -> Options:
     """``values`` with a bonus on the options of one architecture: the knapsack then returns it where it fits, and
-    otherwise the network within the budget that shares the most with it."""
-    return {
-        path: {option: value + weight * (architecture.get(path) == option) for option, value in row.items()}
-        for path, row in values.items()
-    }
+    otherwise the network within the budget that is nearest to it.
+
+    A width below the chosen one keeps its share of the bonus and a larger one all of it, so that a tightened budget
+    shaves widths before it changes blocks, and slack goes into widths.
+    """
+
+    def bonus(path: str, option: Option) -> float:
+        chosen = architecture.get(path)
+        if isinstance(chosen, int) and isinstance(option, int):
+            return weight * min(option, chosen) / chosen
+        return weight * (chosen == option)
+
+    return {path: {o: value + bonus(path, o) for o, value in row.items()} for path, row in values.items()}

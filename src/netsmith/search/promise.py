@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from netsmith.cost.budget import Budget, show
 from netsmith.cost.memory import PeakMemory
 from netsmith.cost.prices import Options
@@ -74,7 +77,7 @@ def _keep(
             break
         previous = architecture
         predicted = {b.metric: _predicted(problem, b, architecture) for b in budgets}
-        file = export(problem.network(architecture), problem.input_shape, run.path / "untrained.onnx")
+        file = export_untrained(problem, architecture, run.path / "untrained.onnx")
         measured = {b.metric: _measured(b, predicted[b.metric], file, time_file) for b in budgets}
         broken = [b for b in budgets if measured[b.metric] > b.limit]
         for b in budgets:
@@ -101,6 +104,20 @@ def _keep(
     if best is None:
         raise PromiseBroken(f"no exported network kept its budget in {rounds} rounds: {worst}")
     return Kept(best.architecture, best.predicted, best.measured, number)
+
+
+def export_untrained(problem: Problem, architecture: Architecture, path: Path) -> Path:
+    """Export a network before its training, as it will look after it.
+
+    A folded bias of all zeros is dropped by the exporter, which would make the untrained file up to 2 % faster than the
+    trained one: batch norms get random shifts.
+    """
+    network = problem.network(architecture)
+    generator = torch.Generator().manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.affine:
+            nn.init.normal_(module.bias, std=0.1, generator=generator)
+    return export(network, problem.input_shape, path)
 
 
 def _measurable(budget: Budget, time_file: Callable[[Path], float] | None) -> bool:

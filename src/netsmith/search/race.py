@@ -18,7 +18,13 @@ from netsmith.train.loop import evaluate, train
 
 
 def race(
-    problem: Problem, run: Run, name: str, entrants: Sequence[Architecture], *, epochs: Sequence[int] = (2,), keep: int = 3
+    problem: Problem,
+    run: Run,
+    name: str,
+    entrants: Sequence[Architecture],
+    *,
+    epochs: Sequence[int] = (2,),
+    keep: int = 3,
 ) -> list[tuple[Architecture, float]]:
     """Train every entrant for ``epochs[0]``, the best ``1/keep`` of them for ``epochs[1]``, and so on.
 
@@ -50,7 +56,9 @@ def _short_training(problem: Problem, run: Run, architecture: Architecture, epoc
     return score
 
 
-def settle(problem: Problem, run: Run, name: str, budgets: Sequence[Budget], values: Options, **race_options) -> Architecture:
+def settle(
+    problem: Problem, run: Run, name: str, budgets: Sequence[Budget], values: Options, **race_options
+) -> Architecture:
     """Decide the structural decisions (strides, stage widths): a race between the best network of each option.
 
     Mixing such options in one supernet would cost a whole network per option, and where the resolution falls moves
@@ -102,4 +110,3 @@ def perturbed(values: Options, generator: torch.Generator, noise: float) -> Opti
         return float(-torch.log(-torch.log(torch.rand((), generator=generator, dtype=torch.float64).clamp_min(1e-12))))
 
     return {path: {o: value + noise * gumbel() for o, value in row.items()} for path, row in values.items()}
-

@@ -1,8 +1,9 @@
-"""Search spaces for small images (8 to 64 px): where the resolution falls, stage widths, depth, blocks and hidden widths.
+"""Search spaces for small images (8 to 64 px): strides, stage widths, depth, blocks and hidden widths are open.
 
-The outer decision `body` picks a macro: the resolutions and channel counts of three stages. Inside it every layer picks a
-block and, in `prunet_small`, the block's hidden width. Strides, depth and stage widths are open because on small images
-they explain most of the differences between networks of the same latency; kernels and block types explain little.
+The outer decision `body` picks a macro: the resolutions and channel counts of three stages. Inside it every layer
+picks a block and, in `prunet_small`, the block's hidden width. Strides, depth and stage widths are open because on
+small images they explain most of the differences between networks of the same latency; kernels and blocks explain
+little.
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ Candidates = Callable[[int, int, int], dict[str, nn.Module]]
 
 
 def prunet_small(
-    classes: int = 10, channels: int = 3, resolution: int = 32, *, step: int = 16, expansion: int = 6, depth: int = 4
+    classes: int = 10,
+    channels: int = 3,
+    resolution: int = 32,
+    *,
+    step: int = 16,
+    expansion: int = 6,
+    depth: int | None = None,
 ) -> nn.Module:
     """PruNet's kind of layer on small images: four blocks, each with an open hidden width.
 
     Args: ``step`` channels between offered widths (the device's staircase); ``expansion`` the largest hidden width over
-    the input width; ``depth`` the most layers a stage may have.
+    the input width; ``depth`` the most layers a stage may have (4, or 3 up to 12 px).
     """
 
     def candidates(inputs: int, outputs: int, stride: int) -> dict[str, nn.Module]:
@@ -43,7 +50,7 @@ def prunet_small(
     return _space(classes, channels, resolution, depth, candidates)
 
 
-def fbnet_small(classes: int = 10, channels: int = 3, resolution: int = 32, *, depth: int = 4) -> nn.Module:
+def fbnet_small(classes: int = 10, channels: int = 3, resolution: int = 32, *, depth: int | None = None) -> nn.Module:
     """FBNet's kind of layer on small images: eight fixed blocks and skip."""
 
     def candidates(inputs: int, outputs: int, stride: int) -> dict[str, nn.Module]:
@@ -65,7 +72,7 @@ def macros(resolution: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]
         raise UserError(f"the small spaces are for images of 8 to 64 px; given: {resolution} px")
     if resolution <= 12:
         strides = [(1, 1, 2, 2), (1, 1, 2, 1)]
-        widths = [(16, 16, 32, 48), (16, 32, 48, 64)]
+        widths = [(16, 16, 32, 48), (16, 16, 32, 64)]
     else:
         stem = 2 if resolution > 40 else 1
         strides = [(stem, 1, 2, 2), (stem, 2, 2, 2), (stem, 2, 2, 1)]
@@ -81,8 +88,9 @@ def macros(resolution: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]
     return found
 
 
-def _space(classes: int, channels: int, resolution: int, depth: int, candidates: Candidates) -> nn.Module:
+def _space(classes: int, channels: int, resolution: int, depth: int | None, candidates: Candidates) -> nn.Module:
     found = macros(resolution)
+    depth = depth or (4 if resolution > 12 else 3)
     strides, widths = next(iter(found.values()))
     stem = ConvBn(channels, widths[0], 3, stride=strides[0])
     bodies = {name: _body(classes, depth, s, w, candidates) for name, (s, w) in found.items()}

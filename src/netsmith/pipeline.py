@@ -1,0 +1,302 @@
+"""From a question to a shipped file: profile, search, keep the promise, train, pass the gate, report.
+
+Every step is a stage of the run, so a run that was killed goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from netsmith.architecture import loads
+from netsmith.cost.budget import Budget, parse_budgets
+from netsmith.cost.counts import Macs, Params
+from netsmith.cost.device import Device, parse_device
+from netsmith.cost.imported import import_table
+from netsmith.cost.latency import SpaceLatency, calibrate, calibration_networks, profile_space
+from netsmith.cost.memory import PeakMemory
+from netsmith.cost.meter import measure
+from netsmith.cost.prices import Prices
+from netsmith.cost.table import Calibration, LatencyTable, TableDevice
+from netsmith.decisions import Architecture
+from netsmith.methods import make_method
+from netsmith.run import Run, atomically
+from netsmith.search.problem import Problem
+from netsmith.search.promise import Kept, export_untrained, keep
+from netsmith.ship.export import export
+from netsmith.ship.gate import Verdict, gate
+from netsmith.ship.weights import load, save
+from netsmith.spaces import open_space
+from netsmith.tasks import open_task
+from netsmith.train.loop import train
+from netsmith.train.recipe import Recipe
+
+
+class Say(Protocol):
+    """Where progress goes."""
+
+    def stage(self, name: str) -> None: ...
+    def progress(self, name: str, done: int, total: int, note: str = "") -> None: ...
+    def line(self, text: str) -> None: ...
+
+
+@dataclass
+class Job:
+    """A run's question, opened: task, device, space. Everything comes from the run's `problem.yaml`."""
+
+    run: Run
+    say: Say
+    profile_seconds: float = 0.0
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        return self.run.problem
+
+    @cached_property
+    def task(self):
+        data = self.asked.get("data")
+        return open_task(self.asked["task"], Path(data) if data else None)
+
+    @cached_property
+    def device(self) -> Device:
+        table = self.asked.get("table")
+        return import_table(Path(table), self.asked.get("table_part")) if table else parse_device(self.asked["device"])
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        return Recipe(**self.asked["recipe"])
+
+    def build(self) -> nn.Module:
+        """The supernet, with the same weights every time."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.run.seed("supernet"))
+            return open_space(self.asked["space"], **self.asked["space_options"])
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The priced problem, budgets absolute."""
+        latency = self._latency()
+        problem = Problem(self.task, self.build, [], latency.prices, self.recipe, self.asked["seed"])
+        self.reference = self.run.once("reference", lambda: self._measure_reference(problem))
+        problem.budgets = [
+            [Budget(b.metric, b.absolute(self.reference["cost"].get(b.metric, 0.0)), b.unit) for b in budgets]
+            for budgets in self.budgets
+        ]
+        return problem
+
+    @cached_property
+    def budgets(self) -> list[list[Budget]]:
+        """As asked, relative ones still relative."""
+        return parse_budgets(self.asked["budget"])
+
+    def _latency(self) -> SpaceLatency:
+        def profiled() -> dict:
+            with torch.device("meta"):
+                space = self.build()
+            self.say.stage("profile")
+            started = time.perf_counter()
+            table = LatencyTable()
+            notes: Callable[[str, int, int], None] = self.say.progress
+            latency = profile_space(space, self.task.input_shape, self.device, table, notes)
+            if not isinstance(self.device, TableDevice):
+                networks = calibration_networks(space, self.asked["seed"])
+                latency = latency.calibrated(
+                    networks, calibrate(space, self.task.input_shape, self.device, latency, networks)
+                )
+            return {
+                "raw": _to_pairs(latency.raw),
+                "layers": _to_pairs(latency.layers),
+                "calibration": asdict(latency.calibration),
+                "seconds": time.perf_counter() - started,
+            }
+
+        stored = self.run.once("profile", profiled)
+        self.profile_seconds = stored["seconds"]
+        calibration = Calibration(**{**stored["calibration"], "residuals": tuple(stored["calibration"]["residuals"])})
+        return SpaceLatency(_from_pairs(stored["raw"], "ms"), _from_pairs(stored["layers"], ""), calibration)
+
+    def _measure_reference(self, problem: Problem) -> dict:
+        """The dearest network of the space, measured: what relative budgets are relative to."""
+        architecture = problem.reference
+        file = export_untrained(problem, architecture, self.run.path / "untrained.onnx")
+        plain, shape = problem.plain(architecture), self.task.input_shape
+        cost = {
+            "latency": self.time_file(file) if self.time_file else problem.latency.of(architecture),
+            "params": Params()(plain, shape),
+            "macs": Macs()(plain, shape),
+            "peak_memory": PeakMemory()(plain, shape),
+            "file": float(file.stat().st_size),
+        }
+        return {"architecture": architecture, "cost": cost}
+
+    @property
+    def time_file(self) -> Callable[[Path], float] | None:
+        """Milliseconds of an ONNX file on the device; None where nothing runs."""
+        if isinstance(self.device, TableDevice):
+            return None
+        return lambda file: measure({"file": self.device.load(file, self.task.input_shape)})["file"].median_ms
+
+
+def search(run: Run, say: Say) -> dict:
+    """The whole job of a run; returns the content of its `result.json`. Continues what a killed process left."""
+    job = Job(run, say)
+    problem = job.problem
+    seconds = {"profile": job.profile_seconds}
+    say.stage("search")
+    method = make_method(job.asked["method"], job.asked["method_options"])
+    front = _timed(run, seconds, "search", lambda: _found(job, problem, job.asked["method"], method))
+    rivals = {}
+    for name in job.asked["baselines"]:
+        if name != job.asked["method"]:
+            say.stage(f"baseline {name}")
+            options = {}
+            rivals[name] = run.once(
+                f"baseline-{name}",
+                lambda n=name, o=options: [asdict(k) for k in _found(job, problem, n, make_method(n, o))],
+            )
+    say.stage("train and ship")
+    return finish(job, front, rivals, seconds)
+
+
+def _found(job: Job, problem: Problem, name: str, method: Any) -> list[Kept]:
+    values = method.search(problem, job.run)
+    return [
+        keep(problem, job.run, f"{name}-{i}", v, budgets, job.time_file)
+        for i, (v, budgets) in enumerate(zip(values, problem.budgets, strict=True))
+    ]
+
+
+def _timed(run: Run, seconds: dict[str, float], name: str, compute: Callable[[], list[Kept]]) -> list[Kept]:
+    def measured() -> dict:
+        started = time.perf_counter()
+        found = [asdict(kept) for kept in compute()]
+        return {"found": found, "seconds": time.perf_counter() - started}
+
+    stored = run.once(name, measured)
+    seconds[name] = stored["seconds"]
+    return [Kept(**kept) for kept in stored["found"]]
+
+
+def finish(job: Job, front: list[Kept], rivals: Mapping[str, list[dict]], seconds: dict[str, float]) -> dict:
+    """Train every network by the same recipe, pass the gate, write the results."""
+    run, problem = job.run, job.problem
+    names = [point_name(budgets) for budgets in job.budgets]
+    reference = _shipped(job, "reference", job.reference["architecture"], None, [])
+    networks = []
+    for i, kept in enumerate(front):
+        folder = run.path / names[i] if len(front) > 1 else run.path
+        networks.append(_shipped(job, f"found-{i}", kept.architecture, folder, problem.budgets[i]))
+    baselines = [
+        {"name": name, **_shipped(job, f"{name}-{i}", kept["architecture"], None, problem.budgets[i])}
+        for name, kept_list in rivals.items()
+        for i, kept in enumerate(kept_list)
+    ]
+    parts = [reference, *networks, *baselines]
+    seconds |= {kind: sum(part["seconds"][kind] for part in parts) for kind in ("train", "ship")}
+    asked = job.asked
+    shared = {
+        "method": asked["method"],
+        "space": asked["space"],
+        "task": asked["task"],
+        "seed": asked["seed"],
+        "reference": {key: reference[key] for key in ("metric", "cost")},
+        "baselines": [{key: b[key] for key in ("name", "metric", "cost")} | {"seed": asked["seed"]} for b in baselines],
+        "device": {
+            "name": job.device.name,
+            "fingerprint": job.device.fingerprint(),
+            "versions": job.device.versions(),
+        },
+        "seconds": seconds,
+    }
+    points = [{key: value for key, value in network.items() if key != "seconds"} for network in networks]
+    result = shared | (points[0] if len(points) == 1 else {"front": points, "kept": all(p["kept"] for p in points)})
+    run.write_json("result.json", result)
+    return result
+
+
+def _shipped(job: Job, name: str, architecture: Architecture, folder: Path | None, budgets: list[Budget]) -> dict:
+    """Train, export and judge one network; with a folder, what is shipped stays there."""
+    run = job.run
+
+    def made() -> dict:
+        started = time.perf_counter()
+        network = job.problem.network(architecture)
+
+        def noted(epoch: dict[str, float]) -> None:
+            run.event("train_epoch", which=name, **epoch)
+            job.say.progress(f"train {name}", int(epoch["epoch"]), job.recipe.epochs, f"loss {epoch['loss']:.3f}")
+
+        seed = run.seed("train")
+        checkpoint = run.checkpoint(f"train-{name}.pt")
+        train(network, job.task, job.recipe, split="trainval", seed=seed, checkpoint=checkpoint, on_epoch=noted)
+        trained = time.perf_counter()
+        place = folder or run.path / "others" / name
+        place.mkdir(parents=True, exist_ok=True)
+        save(place, network, architecture)
+        verdict = _judged(job, network, architecture, place, budgets, with_layers=folder is not None)
+        run.event("gate", which=name, kept=verdict.kept, sentence=verdict.sentence)
+        shipped = time.perf_counter()
+        return {
+            **verdict.to_json(),
+            "architecture": architecture,
+            "seconds": {"train": trained - started, "ship": shipped - trained},
+        }
+
+    result = run.once(f"ship-{name}", made)
+    if folder is not None and folder != run.path:
+        with atomically(folder / "result.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=1))
+    return result
+
+
+def _judged(
+    job: Job, network: nn.Module, architecture: Architecture, place: Path, budgets: list[Budget], *, with_layers: bool
+) -> Verdict:
+    file = export(
+        network, job.task.input_shape, place / "model.onnx", architecture=architecture, task=job.task.without_test()
+    )
+    return gate(
+        network,
+        file,
+        job.task,
+        job.device,
+        budgets,
+        job.reference["cost"],
+        predicted_ms=job.problem.latency.of(architecture),
+        layer_seconds=5.0 if with_layers else 0.0,
+    )
+
+
+def ship(folder: Path, say: Say) -> dict:
+    """Export and judge a trained network of a run again; raises PromiseBroken when the file breaks its budgets."""
+    place = folder if (folder / "problem.yaml").exists() else folder.parent
+    with Run.open(place) as run:
+        job = Job(run, say)
+        network = load(folder)
+        architecture = loads((folder / "architecture.json").read_text())
+        number = 0 if folder == place else [point_name(b) for b in job.budgets].index(folder.name)
+        verdict = _judged(job, network, architecture, folder, job.problem.budgets[number], with_layers=True)
+        verdict.enforce()
+        return verdict.to_json()
+
+
+def point_name(budgets: list[Budget]) -> str:
+    """The folder of one network of a front: `latency-0.5x`."""
+    return "_".join(str(budget).replace("<=", "-") for budget in budgets)
+
+
+def _to_pairs(prices: Prices) -> dict:
+    """JSON keeps no integer keys, and widths are integers."""
+    return {"constant": prices.constant, "options": {p: list(row.items()) for p, row in prices.options.items()}}
+
+
+def _from_pairs(data: dict, unit: str) -> Prices:
+    return Prices(data["constant"], {path: {o: v for o, v in row} for path, row in data["options"].items()}, unit)
