@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from netsmith.decisions import Decision, Draw, Option, decisions, parents
+from netsmith.decisions import Draw, Option, decisions, walk
 
 Gate = Callable[[Tensor, torch.Generator], Draw]
 
@@ -52,24 +52,11 @@ def uniform_path(logits: Tensor, generator: torch.Generator) -> Draw:
 
 def draw(model: nn.Module, gate: Gate | Mapping[str, Gate], generator: torch.Generator) -> None:
     """Draw for every decision of ``model`` that the next pass reaches; with a mapping, one gate per decision path."""
-    outer = parents(model)
-    reached: dict[str, bool] = {}
-    for path, decision in decisions(model).items():
-        reached[path] = True
-        if path in outer:
-            above, option = outer[path]
-            ran = dict(decisions_drawn(model, above))
-            reached[path] = reached[above] and option in ran
-        if reached[path]:
+    ran: set[tuple[str, Option]] = set()
+    for path, decision, owner in walk(model):
+        if owner is None or owner in ran:
             decision.drawn = (gate[path] if isinstance(gate, Mapping) else gate)(decision.logits, generator)
-
-
-def decisions_drawn(model: nn.Module, path: str) -> list[tuple[Option, Tensor]]:
-    """The options drawn at ``path`` with their weights."""
-    decision = model.get_submodule(path)
-    assert isinstance(decision, Decision)
-    indices, weights = decision.draw()
-    return [(decision.options[i], w) for i, w in zip(indices, weights, strict=True)]
+            ran |= {(path, decision.options[i]) for i in decision.drawn.indices}
 
 
 def fix(model: nn.Module, architecture: Mapping[str, Option]) -> None:

@@ -114,6 +114,7 @@ class Job:
             return {
                 "raw": _to_pairs(latency.raw),
                 "layers": _to_pairs(latency.layers),
+                "weights": _to_pairs(latency.weights),
                 "calibration": asdict(latency.calibration),
                 "seconds": time.perf_counter() - started,
             }
@@ -121,7 +122,8 @@ class Job:
         stored = self.run.once("profile", profiled)
         self.profile_seconds = stored["seconds"]
         calibration = Calibration(**{**stored["calibration"], "residuals": tuple(stored["calibration"]["residuals"])})
-        return SpaceLatency(_from_pairs(stored["raw"], "ms"), _from_pairs(stored["layers"], ""), calibration)
+        parts = (_from_pairs(stored[name]) for name in ("raw", "layers", "weights"))
+        return SpaceLatency(*parts, calibration)
 
     def _measure_reference(self, problem: Problem) -> dict:
         """The dearest network of the space, measured: what relative budgets are relative to."""
@@ -298,5 +300,5 @@ def _to_pairs(prices: Prices) -> dict:
     return {"constant": prices.constant, "options": {p: list(row.items()) for p, row in prices.options.items()}}
 
 
-def _from_pairs(data: dict, unit: str) -> Prices:
-    return Prices(data["constant"], {path: {o: v for o, v in row} for path, row in data["options"].items()}, unit)
+def _from_pairs(data: dict) -> Prices:
+    return Prices(data["constant"], {path: dict(row) for path, row in data["options"].items()})

@@ -101,27 +101,32 @@ def test_profile_names_the_layer_it_cannot_measure(tmp_path: Path):
 
 
 @pytest.mark.parametrize("law", [(0.03, 0.85, 0.002), (0.0, 1.1, 0.0), (0.05, 0.9, -0.004)])
-def test_calibration_recovers_a_planted_law(law: tuple[float, float, float]):
-    random = np.random.default_rng(0)
-    sums, layers = random.uniform(0.5, 5, 10), random.integers(5, 30, 10)
-    fitted = Calibration.fit(sums.tolist(), layers.tolist(), (law[0] + law[1] * sums + law[2] * layers).tolist())
-    assert (fitted.constant, fitted.scale, fitted.per_layer) == pytest.approx(law, abs=1e-6)
+def test_calibration_recovers_a_planted_law():
+    law = (0.05, 1.1, -0.004, 2e-7)
+    rng = np.random.default_rng(0)
+    networks = np.stack([rng.uniform(0.1, 3, 15), rng.integers(4, 20, 15), rng.uniform(1e4, 2e6, 15)], 1)
+    measured = law[0] + networks @ np.array(law[1:])
+    fitted = Calibration.fit(networks.tolist(), measured.tolist())
+    assert (fitted.constant, fitted.scale, fitted.per_layer) == pytest.approx(law[:3], abs=1e-6)
+    assert fitted.per_weight == pytest.approx(law[3], abs=1e-12)
     assert fitted.errors()["largest"] < 1e-6
-    assert fitted.predict(2.0, 10) == pytest.approx(law[0] + 2 * law[1] + 10 * law[2])
+    assert fitted.predict([2.0, 10, 1e6]) == pytest.approx(law[0] + 2 * law[1] + 10 * law[2] + 1e6 * law[3])
 
 
 def test_calibration_with_few_networks():
-    assert Calibration.fit([], [], []) == Calibration()
-    assert Calibration().predict(3.0, 7) == 3.0
-    one = Calibration.fit([2.0], [5], [1.5])
-    assert (one.constant, one.per_layer) == (0, 0)
-    assert one.predict(4.0, 9) == pytest.approx(3.0)
-    four = Calibration.fit([1, 2, 3, 4], [9, 3, 5, 7], [1.5, 2.5, 3.5, 4.5])
+    assert Calibration.fit([], []) == Calibration()
+    assert Calibration().predict([3.0, 7, 1e5]) == 3.0
+    one = Calibration.fit([[2.0, 5, 1e4]], [1.5])
+    assert (one.constant, one.per_layer, one.per_weight) == (0, 0, 0)
+    assert one.predict([4.0, 9, 1e4]) == pytest.approx(3.0)
+    four = Calibration.fit([[1, 9, 5], [2, 3, 8], [3, 5, 2], [4, 7, 6]], [1.5, 2.5, 3.5, 4.5])
     assert (four.constant, four.scale, four.per_layer) == pytest.approx((0.5, 1.0, 0.0))
-    noisy = Calibration.fit([1, 2], [1, 1], [1.0, 3.0])
+    noisy = Calibration.fit([[1, 1, 1], [2, 1, 1]], [1.0, 3.0])
     assert noisy.scale == pytest.approx((1 + 2 / 3) / (1 + 4 / 9))  # least squares of the relative error
     with pytest.raises(ValueError, match="positive"):
-        Calibration.fit([1.0], [1], [0.0])
+        Calibration.fit([[1.0, 1, 1]], [0.0])
+    with pytest.raises(ValueError, match="2 networks and 1 measured"):
+        Calibration.fit([[1.0, 1, 1], [2.0, 1, 1]], [1.0])
 
 
 def test_own_tables_are_imported(tmp_path: Path):

@@ -1,0 +1,10 @@
+"""What a network costs, counted and measured. Cheap to import."""
+
+COSTS = {
+    "latency": "netsmith.cost.latency:SpaceLatency",
+    "params": "netsmith.cost.counts:Params",
+    "macs": "netsmith.cost.counts:Macs",
+    "peak_memory": "netsmith.cost.memory:PeakMemory",
+    "file": "netsmith.cost.counts:FileBytes",
+}
+"""Name in a budget -> where its price is."""

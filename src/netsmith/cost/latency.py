@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from netsmith.architecture import outline, sample
 from netsmith.blocks.mobile import MBConv
-from netsmith.cost.counts import Shape
+from netsmith.cost.counts import Params, Shape
 from netsmith.cost.device import Device
 from netsmith.cost.meter import measure
-from netsmith.cost.prices import Atom, Options, Prices, atoms
+from netsmith.cost.prices import Atom, Options, Prices, atoms, tabulate
 from netsmith.cost.table import Calibration, LatencyTable, TableDevice, entry_key
 from netsmith.decisions import Architecture, Option, derive
 
@@ -24,27 +24,30 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class SpaceLatency:
-    """Raw sums of table entries, number of measured layers, and the calibration that makes milliseconds of both."""
+    """Sums of table entries, counts of measured layers and weights, and the calibration that makes milliseconds."""
 
     raw: Prices
     layers: Prices
-    calibration: Calibration = Calibration()
+    weights: Prices
+    calibration: Calibration = field(default_factory=Calibration)
 
     @property
     def prices(self) -> Prices:
-        """Calibrated milliseconds: constant + scale * raw + per_layer * layers is a price per option again."""
-        c = self.calibration
+        """Calibrated milliseconds: all terms of the calibration add up, so it is a price per option again."""
+        per = replace(self.calibration, constant=0.0)
         options = {
-            path: {option: c.scale * ms + c.per_layer * self.layers.at(path, option) for option, ms in row.items()}
+            path: {option: per.predict([part.at(path, option) for part in self._parts]) for option in row}
             for path, row in self.raw.options.items()
         }
-        constant = c.constant + c.scale * self.raw.constant + c.per_layer * self.layers.constant
-        return Prices(constant, options, "ms")
+        return Prices(self.calibration.predict([part.constant for part in self._parts]), options, "ms")
+
+    @property
+    def _parts(self) -> tuple[Prices, Prices, Prices]:
+        return self.raw, self.layers, self.weights
 
     def calibrated(self, networks: list[Architecture], milliseconds: list[float]) -> SpaceLatency:
-        sums = [self.raw.of(network) for network in networks]
-        counts = [round(self.layers.of(network)) for network in networks]
-        return replace(self, calibration=Calibration.fit(sums, counts, milliseconds))
+        rows = [[part.of(network) for part in self._parts] for network in networks]
+        return replace(self, calibration=Calibration.fit(rows, milliseconds))
 
 
 def profile_space(
@@ -81,7 +84,8 @@ def profile_space(
             layers[path][option] += 1.0
         else:
             fixed = [fixed[0] + known[keys[i, None]], fixed[1] + 1.0]
-    return SpaceLatency(Prices(fixed[0], raw, "ms"), Prices(fixed[1], layers))
+    weights = tabulate(space, Params(), input_shape)
+    return SpaceLatency(Prices(fixed[0], raw, "ms"), Prices(fixed[1], layers), weights)
 
 
 def calibrate(
@@ -91,7 +95,7 @@ def calibrate(
     latency: SpaceLatency,
     networks: list[Architecture],
     *,
-    seconds: float = 8.0,
+    seconds: float = 12.0,
 ) -> list[float]:
     """Milliseconds of whole networks, measured together in one round-robin, for `SpaceLatency.calibrated`."""
     loaded = {str(i): device.load(materialised(derive(space, a)), input_shape) for i, a in enumerate(networks)}
@@ -99,7 +103,7 @@ def calibrate(
     return [measured[str(i)].median_ms for i in range(len(networks))]
 
 
-def calibration_networks(space: nn.Module, seed: int, count: int = 10) -> list[Architecture]:
+def calibration_networks(space: nn.Module, seed: int, count: int = 16) -> list[Architecture]:
     """Random networks of the space to calibrate on."""
     generator = torch.Generator().manual_seed(seed)
     lines = outline(space)
@@ -118,8 +122,8 @@ def interpolate(points: Mapping[int, float], width: int) -> float:
 def width_step(device: Device, table: LatencyTable, *, finest: int = 4, coarsest: int = 32) -> int:
     """How many channels a step of the device's width staircase has: the widths worth offering are its multiples.
 
-    Times one block at every multiple of ``finest`` up to 3 * ``coarsest`` and takes the largest step at which the widths
-    in between are on average no more than 2 % cheaper than the next multiple.
+    Times one block at every multiple of ``finest`` up to 3 * ``coarsest`` and takes the largest step at which the
+    widths in between are on average no more than 2 % cheaper than the next multiple.
     """
     widths = range(finest, 3 * coarsest + 1, finest)
     shape = (32, 16, 16)

@@ -1,4 +1,4 @@
-"""FBNet (Wu et al. 2019, arXiv:1812.03443): layer-wise Gumbel-softmax over blocks, loss times a power of log-latency."""
+"""FBNet (Wu et al. 2019, arXiv:1812.03443): Gumbel-softmax over blocks, loss times a power of log-latency."""
 
 from __future__ import annotations
 

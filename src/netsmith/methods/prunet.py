@@ -42,8 +42,8 @@ class PruNet:
     layer_pruning: bool = True
     """Tier 3."""
     copies: Literal["separate", "shared"] = "shared"
-    """separate: two copies of the block, as in the paper; shared: one set of weights under both masks. Mixing before the
-    last batch norm, the shared pair costs a single pass of the wider width."""
+    """separate: two copies of the block, as in the paper; shared: one set of weights under both masks. Mixing before
+    the last batch norm, the shared pair costs a single pass of the wider width."""
     paths: Literal["all", "one"] = "one"
     """What a weight step runs in each layer. all: every block and both widths, mixed; one: a single path drawn from the
     probabilities (ours; a quarter of the time, and weights that work alone). Architecture steps always mix all."""

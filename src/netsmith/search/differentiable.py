@@ -32,8 +32,8 @@ class Steps:
     """Passes over the training split."""
     warmup_epochs: int = 3
     """First epochs in which only weights learn."""
-    batch_size: int = 128
-    """Images a step, for weights and architecture alike."""
+    batch_size: int | None = None
+    """Images a step, for weights and architecture alike; none: the recipe's."""
     learning_rate: float = 0.05
     """Of the weights, at its peak; falls along a cosine to 0."""
     momentum: float = 0.9
@@ -184,7 +184,7 @@ class _Loop:
         return total / len(batches)
 
     def _batches(self, split: str, seed: int):
-        batch = self.steps.batch_size
+        batch = self.steps.batch_size or self.problem.recipe.batch_size
         return self.problem.task.batches(split, batch, train=True, seed=seed, epoch=self.epoch)
 
     def _progress(self, part: float) -> float:

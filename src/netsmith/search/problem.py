@@ -73,7 +73,7 @@ class Problem:
 
     @cached_property
     def structural(self) -> list[str]:
-        """Decisions whose options hold further layers to decide: stage widths, strides. Widths inside a block are not."""
+        """Decisions whose options hold further layers to decide: strides, stage widths."""
         found = decisions(self.shapes)
         return sorted({outer for path, (outer, _) in self.parents.items() if isinstance(found[path], OneOf)})
 
@@ -107,8 +107,8 @@ class Problem:
     ) -> Architecture:
         """The most valuable architecture within ``budgets`` as predicted; an option without a value is out.
 
-        Peak memory does not add up. An option whose block alone exceeds the limit is out; if the network as a whole still
-        exceeds it, it is cut off and the knapsack solved again.
+        Peak memory does not add up. An option whose block alone exceeds the limit is out; if the network as a whole
+        still exceeds it, it is cut off and the knapsack solved again.
 
         Raises: Infeasible, naming the smallest reachable cost.
         """

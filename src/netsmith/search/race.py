@@ -38,7 +38,7 @@ def race(
         scored = []
         for number, architecture in enumerate(standing):
             stage = f"{name}-{rung}-{number}"
-            score = run.once(stage, lambda a=architecture, s=stage: _short_training(problem, run, a, length, s))
+            score = run.once(stage, lambda a=architecture, s=stage, e=length: _short_training(problem, run, a, e, s))
             scored.append((architecture, score))
         scored.sort(key=lambda entry: -entry[1])
         ranking = scored + ranking[len(scored) :]
