@@ -16,11 +16,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+import tyro
 
 from netsmith.errors import UserError
 
 Options = TypeVar("Options")
+
+Later = tyro.conf.arg(help_behavior_hint="")
+"""Decided later: there is no default to show."""
+
+IN_A_FILE = ("space_options", "method_options", "recipe")
+"""Options that have no flag."""
 
 RECORDED = ("format", "command")
 """Keys of a `problem.yaml` that ask for nothing."""
@@ -32,31 +40,31 @@ class SearchOptions:
 
     task: str = "digits"
     """What to learn: `netsmith list tasks`, or folder:DIR for your own images."""
-    data: Path | None = None
-    """Folder with the files of the task (else $NETSMITH_DATA, ./data, ../shared/data)."""
-    space: str | None = None
+    data: Annotated[Path | None, Later] = None
+    """Folder with the files of the task (default: $NETSMITH_DATA, ./data or ../shared/data)."""
+    space: Annotated[str | None, Later] = None
     """Where to search: `netsmith list spaces` (default: by image size and method)."""
     method: str = "prunet"
     """How to search: `netsmith list methods`."""
-    budget: tuple[str, ...] = ("latency<=0.5x",)
-    """What the file must keep, quoted: 'latency<=5ms', 'params<=1M'; x is relative to the largest network of the
-    space; several limits, 'latency<=0.3x,0.5x', make a front; may be repeated for budgets that hold at once."""
+    budget: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, Later] = ("latency<=0.5x",)
+    """What the file must keep, in quotes: 'latency<=5ms', 'params<=1M', or 'latency<=0.5x' (the default), relative to
+    the largest network of the space. 'latency<=0.3x,0.5x' asks for a front. May be repeated, to hold at once."""
     device: str = "ort-cpu"
     """What latency is measured on: `netsmith list devices`; options as in ort-cpu:threads=2."""
-    table: Path | None = None
+    table: Annotated[Path | None, Later] = None
     """Search for a device that is not here: a table of its latencies, measured by others."""
-    table_part: str | None = None
+    table_part: Annotated[str | None, Later] = None
     """Which table of a file that holds several, such as gpu."""
     seed: int = 0
     """Of everything random: the same seed, the same network."""
-    out: Path | None = None
+    out: Annotated[Path | None, Later] = None
     """Folder of the run (default: runs/TASK-METHOD-NUMBER)."""
-    epochs: int | None = None
+    epochs: Annotated[int | None, Later] = None
     """Passes of the final training (default: by the number and size of the images)."""
-    search_epochs: int | None = None
+    search_epochs: Annotated[int | None, Later] = None
     """Passes of the training inside the search (default: the method's)."""
     baselines: tuple[str, ...] = ("random", "capacity")
-    """Methods to compare with, at the same budget and with the same training; none: --baselines with no name."""
+    """Methods to compare with, at the same budget and with the same training; no names: none."""
     space_options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the space's function; in a file only."""
     method_options: dict[str, Any] = field(default_factory=dict)

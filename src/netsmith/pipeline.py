@@ -122,8 +122,8 @@ class Job:
         stored = self.run.once("profile", profiled)
         self.profile_seconds = stored["seconds"]
         calibration = Calibration(**{**stored["calibration"], "residuals": tuple(stored["calibration"]["residuals"])})
-        parts = (_from_pairs(stored[name]) for name in ("raw", "layers", "weights"))
-        return SpaceLatency(*parts, calibration)
+        raw, layers, weights = (_from_pairs(stored[name]) for name in ("raw", "layers", "weights"))
+        return SpaceLatency(raw, layers, weights, calibration)
 
     def _measure_reference(self, problem: Problem) -> dict:
         """The dearest network of the space, measured: what relative budgets are relative to."""
@@ -150,9 +150,10 @@ class Job:
 def search(run: Run, say: Say) -> dict:
     """The whole job of a run; returns the content of its `result.json`. Continues what a killed process left."""
     job = Job(run, say)
+    run.progress = say.progress
     problem = job.problem
     seconds = {"profile": job.profile_seconds}
-    say.stage("search")
+    say.stage(f"search: {job.asked['method']}")
     method = make_method(job.asked["method"], job.asked["method_options"])
     front = _timed(run, seconds, "search", lambda: _found(job, problem, job.asked["method"], method))
     rivals = {}
@@ -164,7 +165,7 @@ def search(run: Run, say: Say) -> dict:
                 f"baseline-{name}",
                 lambda n=name, o=options: [asdict(k) for k in _found(job, problem, n, make_method(n, o))],
             )
-    say.stage("train and ship")
+    say.stage("train, export, measure")
     return finish(job, front, rivals, seconds)
 
 
@@ -277,8 +278,16 @@ def _judged(
     )
 
 
+def retrain(run: Run, say: Say) -> dict:
+    """Train and ship the networks of a finished search once more; returns the content of `result.json`."""
+    run.read_json("result.json")  # UserError where the search is not finished
+    for old in (*run.path.glob("stages/ship-*.json"), *run.path.glob("checkpoints/train-*.pt")):
+        old.unlink()
+    return search(run, say)
+
+
 def ship(folder: Path, say: Say) -> dict:
-    """Export and judge a trained network of a run again; raises PromiseBroken when the file breaks its budgets."""
+    """Export and judge a trained network of a run again: what the gate said. The run's `result.json` stays."""
     place = folder if (folder / "problem.yaml").exists() else folder.parent
     with Run.open(place) as run:
         job = Job(run, say)
@@ -286,7 +295,6 @@ def ship(folder: Path, say: Say) -> dict:
         architecture = loads((folder / "architecture.json").read_text())
         number = 0 if folder == place else [point_name(b) for b in job.budgets].index(folder.name)
         verdict = _judged(job, network, architecture, folder, job.problem.budgets[number], with_layers=True)
-        verdict.enforce()
         return verdict.to_json()
 
 

@@ -41,6 +41,8 @@ class Run:
     path: Path
     problem: dict[str, Any]
     """What `problem.yaml` says, without `format`."""
+    progress: Callable[[str, int, int, str], None]
+    """Set it to see how far the work is: (what, done, to do, newest number). Does nothing as it comes."""
 
     @classmethod
     def create(cls, path: str | Path, problem: dict[str, Any]) -> Run:
@@ -86,6 +88,7 @@ class Run:
 
     def __init__(self, path: Path, problem: dict[str, Any]):
         self.path, self.problem = path, problem
+        self.progress = lambda name, done, total, note: None
         self._kept = 0  # bytes of events that a mere difference must not cut off
         self._at: int | None = None  # how far into the events this process has come; None: it has not touched them
         with ExitStack() as undo, _room_for(path):

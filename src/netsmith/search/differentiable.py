@@ -112,6 +112,7 @@ def learn(
         for edit in edits:
             run.event("removed", search=name, epoch=loop.epoch, **edit)
         run.event("search_epoch", search=name, epoch=loop.epoch, **entry, **searcher.describe())
+        run.progress(f"supernet ({name})", loop.epoch, last, "")
         save_state(checkpoint, loop.state(run.mark()))
     return searcher
 

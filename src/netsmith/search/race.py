@@ -40,6 +40,7 @@ def race(
             stage = f"{name}-{rung}-{number}"
             score = run.once(stage, lambda a=architecture, s=stage, e=length: _short_training(problem, run, a, e, s))
             scored.append((architecture, score))
+            run.progress(f"short trainings ({name})", number + 1, len(standing), f"accuracy {score:.3f}")
         scored.sort(key=lambda entry: -entry[1])
         ranking = scored + ranking[len(scored) :]
         standing = [architecture for architecture, _ in scored[: max(1, -(-len(scored) // keep))]]

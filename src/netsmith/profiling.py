@@ -1,0 +1,145 @@
+"""Measuring for its own sake: exported files, and how well a device's table predicts networks it has never seen."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from netsmith.architecture import outline
+from netsmith.cost.counts import Shape
+from netsmith.cost.device import Device, OrtCpu, parse_device
+from netsmith.cost.latency import calibrate, calibration_networks, profile_space
+from netsmith.cost.meter import measure
+from netsmith.cost.table import LatencyTable, TableDevice
+from netsmith.errors import UserError, unknown
+from netsmith.search.allocate import extreme
+from netsmith.ship.weights import load, points
+from netsmith.spaces import SPACES, open_space
+
+if TYPE_CHECKING:
+    from netsmith.pipeline import Say
+
+
+def measure_files(target: Path, device_name: str, seconds: float) -> dict[str, Any]:
+    """Milliseconds of an .onnx file, or of all networks of a run, timed in turn.
+
+    Raises: UserError for what is neither, is damaged, or does not run on the device.
+    """
+    device = parse_device(device_name)
+    if not target.exists():
+        raise UserError(f"{target} does not exist; an .onnx file or the folder of a run is needed")
+    places = [target] if target.is_file() else _files(target)
+    timed: dict[str, Callable[[], object]] = {}
+    for file in places:
+        shape = input_shape(file)
+        source = file if isinstance(device, OrtCpu) or target.is_file() else load(file.parent)
+        timed[str(file)] = device.load(source, shape)
+    networks = [
+        {
+            "file": file,
+            "latency_ms": m.median_ms,
+            "ci95": list(m.ci95),
+            "minimum_ms": m.minimum_ms,
+            "iterations": m.iterations,
+            "settled": m.settled,
+        }
+        for file, m in measure(timed, seconds=seconds).items()
+    ]
+    return {
+        "device": device.name,
+        "versions": device.versions(),
+        "fingerprint": device.fingerprint(),
+        "networks": networks,
+    }
+
+
+def _files(run: Path) -> list[Path]:
+    found = [place / "model.onnx" for place in [run, *points(run)] if (place / "model.onnx").is_file()]
+    if not found:
+        raise UserError(f"{run} holds no model.onnx: it is no run, or one that is not finished")
+    return found
+
+
+def input_shape(file: Path) -> Shape:
+    """(channels, height, width) that an ONNX file takes. Raises: UserError for a file that cannot be loaded."""
+    try:
+        given = OrtCpu().session(file).get_inputs()[0].shape
+    except UserError:
+        raise
+    except Exception as error:  # the runtime's errors share no class of their own
+        raise UserError(f"{file} cannot be loaded by ONNX Runtime: {str(error).splitlines()[0]}") from error
+    if len(given) != 4 or not all(isinstance(size, int) for size in given[1:]):
+        raise UserError(f"{file} takes {given}; measuring needs (batch, channels, height, width) with fixed sizes")
+    return given[1], given[2], given[3]
+
+
+def profile(
+    space_name: str, device: Device, say: Say, *, networks: int = 20, seed: int = 0, **options: int | None
+) -> dict[str, Any]:
+    """Fill the table of a device with the layers of a space, then test it on whole networks drawn at random.
+
+    ``options``: classes, channels and resolution, None for the space's own. A `TableDevice` is only checked:
+    MissingEntry names a layer that it lacks.
+    """
+    known_options = space_options(space_name, **options)
+    with torch.device("meta"):
+        space = open_space(space_name, **known_options)
+    shape = (known_options["channels"], known_options["resolution"], known_options["resolution"])
+    table, fingerprint = LatencyTable(), device.fingerprint()
+    before, started = len(table.entries(fingerprint)), time.perf_counter()
+    say.stage(f"layers of {space_name} at {'x'.join(map(str, shape))}")
+    latency = profile_space(space, shape, device, table, say.progress)
+    new, spent = len(table.entries(fingerprint)) - before, time.perf_counter() - started
+    error: dict[str, Any] | None = None
+    if not isinstance(device, TableDevice):
+        say.stage("whole networks: 10 to calibrate on" + (f", {networks} to test" if networks else ""))
+        known = calibration_networks(space, seed)
+        unseen = calibration_networks(space, seed + 1, networks)
+        times = calibrate(space, shape, device, latency, [*known, *unseen], seconds=0.8 * (len(known) + networks))
+        latency = latency.calibrated(known, times[: len(known)])
+        predicted = [latency.prices.of(network) for network in unseen]
+        error = table_error(predicted, times[len(known) :]) if unseen else None
+    prices, parents = latency.prices, outline(space).parents
+    return {
+        "space": space_name,
+        "device": device.name,
+        "fingerprint": fingerprint,
+        "versions": device.versions(),
+        "input": list(shape),
+        "entries": len(device.table) if isinstance(device, TableDevice) else before + new,
+        "new_entries": new,
+        "ms_per_entry": 1e3 * spent / new if new else None,
+        "range_ms": [prices.of(extreme(prices.options, parents, largest=largest)) for largest in (False, True)],
+        "error": error,
+    }
+
+
+def table_error(predicted: list[float], measured: list[float]) -> dict[str, Any]:
+    """How far predictions are from measured milliseconds: mean and largest error in percent, and Kendall's tau."""
+    from scipy.stats import kendalltau
+
+    errors = [100 * abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
+    tau: Any = kendalltau(predicted, measured)
+    return {
+        "networks": len(measured),
+        "mean_percent": sum(errors) / len(errors),
+        "largest_percent": max(errors),
+        "kendall_tau": float(tau.statistic),
+        "predicted_ms": predicted,
+        "measured_ms": measured,
+    }
+
+
+def space_options(space: str, **given: int | None) -> dict[str, Any]:
+    """Classes, channels and resolution of a space: its own where None is given."""
+    if space not in SPACES:
+        raise unknown("space", space, SPACES)
+    module, function = SPACES[space].split(":")
+    known = inspect.signature(getattr(import_module(module), function)).parameters
+    return {name: known[name].default if value is None else value for name, value in given.items()}

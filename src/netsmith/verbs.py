@@ -1,0 +1,293 @@
+"""What each verb does: a class a verb, its fields are the options, `run` does the work and returns an `Answer`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+from tyro.conf import Positional, arg
+
+from netsmith.errors import UserError
+from netsmith.options import Later, SearchOptions, read_config
+from netsmith.say import Console
+
+if TYPE_CHECKING:
+    from netsmith.run import Run
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a verb has to say on stdout: plain data for --json, or lines (and tables of rich) for a person."""
+
+    data: dict[str, Any]
+    lines: list[Any]
+    broken: str = ""
+    """The sentence of a promise that was not kept; the exit code is then 3."""
+
+    def show(self) -> None:
+        from rich.console import Console as Terminal
+
+        # In a file or a pipe nothing needs to be squeezed into a terminal's width.
+        terminal = Terminal(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
+        for line in self.lines:
+            if isinstance(line, str):
+                print(line)
+            else:
+                terminal.print(line)
+
+
+class Verb(Protocol):
+    @property
+    def json(self) -> bool: ...
+    def run(self) -> Answer: ...
+
+
+RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search(SearchOptions):
+    """Search a network that keeps a budget, train it, export it, and measure the exported file.
+
+    With no options: PruNet on handwritten digits for this CPU, at half the latency of the largest network.
+    """
+
+    config: Annotated[Path | None, Later] = None
+    """A YAML file with these options (and more, see the README); options given here override it."""
+    resume: Annotated[Path | None, Later] = None
+    """Continue the run in this folder, which was stopped or killed; takes no other options."""
+    json: bool = False
+    """Print one JSON object on stdout, the content of result.json."""
+
+    @classmethod
+    def before(cls, arguments: Sequence[str]) -> Search:
+        """The defaults: what the file says that --config names. Repeated budgets are gathered, not added to these."""
+        config = None
+        for i, argument in enumerate(arguments):
+            if argument == "--config" and i + 1 < len(arguments):
+                config = Path(arguments[i + 1])
+            elif argument.startswith("--config="):
+                config = Path(argument.removeprefix("--config="))
+        known = vars(read_config(config) if config else SearchOptions())
+        return cls(**{**known, "budget": ()}, config=config)
+
+    def options(self) -> SearchOptions:
+        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(SearchOptions)}
+        given = SearchOptions(**own)
+        if given.budget:
+            return given
+        return replace(given, budget=(read_config(self.config) if self.config else SearchOptions()).budget)
+
+    def run(self) -> Answer:
+        if self.resume is not None:
+            if replace(self, resume=None, json=False) != Search.before([]):
+                raise UserError(f"--resume takes no other options: {self.resume / 'problem.yaml'} says what was asked")
+            from netsmith.run import Run
+
+            return self._search(Run.open(self.resume))
+        options = self.options()
+        from netsmith.prepare import check
+
+        check(options)  # before torch is loaded, which takes seconds
+        from netsmith.prepare import prepare
+
+        return self._search(prepare(options, command=["netsmith", *sys.argv[1:]]))
+
+    def _search(self, run: Run) -> Answer:
+        with run, resumable(run), Console() as say:
+            from netsmith.pipeline import search
+
+            say.line(
+                f"{run.path}: {run.problem['method']} for {run.problem['task']}, {', '.join(run.problem['budget'])}"
+            )
+            return finished(run.path, search(run, say))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Repeat the training of a finished search, and what follows: export, gate, report."""
+
+    folder: RunFolder
+    """The folder of the run."""
+    json: bool = False
+    """Print one JSON object on stdout, the content of result.json."""
+
+    def run(self) -> Answer:
+        from netsmith.pipeline import retrain
+        from netsmith.run import Run
+
+        with Run.open(self.folder) as run, resumable(run), Console() as say:
+            return finished(self.folder, retrain(run, say))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ship:
+    """Export the trained network of a run again and judge the file: agreement, accuracy, latency, size, budgets."""
+
+    folder: RunFolder
+    """The folder of the run, or of one network of its front."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def run(self) -> Answer:
+        from netsmith.pipeline import ship
+
+        with Console() as say:
+            data = ship(self.folder, say)
+        data = {"file": str(self.folder / "model.onnx"), **data}
+        lines = [] if not data["kept"] else [data["verdict"], data["file"]]
+        return Answer(data, lines, "" if data["kept"] else data["verdict"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Time an ONNX file, or the networks of a run, on this machine."""
+
+    target: Annotated[Positional[Path], arg(metavar="FILE_OR_RUN")]
+    """An .onnx file, or the folder of a run."""
+    device: str = "ort-cpu"
+    """Runtime and its options, such as ort-cpu:threads=2; the torch devices take runs, not files."""
+    seconds: float = 10.0
+    """Bounds the timing."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def run(self) -> Answer:
+        from netsmith.profiling import measure_files
+
+        data = measure_files(self.target, self.device, self.seconds)
+        lines = []
+        for network in data["networks"]:
+            low, high = network["ci95"]
+            lines.append(
+                f"{network['file']}: {network['latency_ms']:.4g} ms (95 % interval {low:.4g}-{high:.4g}, "
+                f"{network['iterations']} calls)"
+            )
+            if not network["settled"]:
+                lines.append("  the machine was too busy for a narrow interval")
+        return Answer(data, [*lines, f"on {data['fingerprint']}"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """Measure the layers of a space on a device, and say how well they predict whole networks.
+
+    The layers go into the device's table in the cache folder, which every later search uses. Then networks that the
+    table has never seen are measured whole and compared with the table's prediction. With --table nothing is measured:
+    the file is read, and checked for all layers of the space.
+    """
+
+    device: str = "ort-cpu"
+    """What to measure on: `netsmith list devices`; options as in ort-cpu:threads=2."""
+    space: str = "prunet_small"
+    """Whose layers: `netsmith list spaces`."""
+    task: Annotated[str | None, Later] = None
+    """The task whose images and classes the networks take; or name these:"""
+    data: Annotated[Path | None, Later] = None
+    """Folder with the files of the task."""
+    resolution: Annotated[int | None, Later] = None
+    """Pixels a side (default: the space's)."""
+    channels: Annotated[int | None, Later] = None
+    """Channels of an image (default: the space's)."""
+    classes: Annotated[int | None, Later] = None
+    """Classes (default: the space's)."""
+    networks: int = 20
+    """Random networks to test the table on; 0: none."""
+    seed: int = 0
+    """Which random networks."""
+    table: Annotated[Path | None, Later] = None
+    """A table measured by others, to check instead of measuring."""
+    table_part: Annotated[str | None, Later] = None
+    """Which table of a file that holds several, such as gpu."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def run(self) -> Answer:
+        from netsmith.cost.device import parse_device
+        from netsmith.cost.imported import import_table
+        from netsmith.profiling import profile
+        from netsmith.tasks import open_task
+
+        device = import_table(self.table, self.table_part) if self.table else parse_device(self.device)
+        options = {name: getattr(self, name) for name in ("classes", "channels", "resolution")}
+        if self.task:
+            task = open_task(self.task, self.data, resolution=self.resolution)
+            options = {name: getattr(task, name) for name in options}
+        with Console() as say:
+            data = profile(self.space, device, say, networks=self.networks, seed=self.seed, **options)
+        lines = [f"{self.space} on {data['fingerprint']}: {data['entries']} layers"]
+        if data["new_entries"]:
+            lines[0] += f", {data['new_entries']} of them measured now in {data['ms_per_entry']:.1f} ms each"
+        low, high = data["range_ms"]
+        lines.append(f"networks of the space take {low:.3g} to {high:.3g} ms as predicted")
+        if error := data["error"]:
+            lines.append(
+                f"on {error['networks']} random networks it has never seen: mean error {error['mean_percent']:.1f} %, "
+                f"largest {error['largest_percent']:.1f} %, Kendall tau {error['kendall_tau']:.2f}"
+            )
+        return Answer(data, lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Write one self-contained HTML page about one or several runs."""
+
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN..."), Later]
+    """Folders of finished runs."""
+    out: Annotated[Path | None, Later] = None
+    """The file to write (default: RUN/report.html, for several runs report.html here)."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def run(self) -> Answer:
+        from netsmith.report.page import write_report
+
+        alone = self.runs[0] / "report.html" if len(self.runs) == 1 else Path("report.html")
+        page = str(write_report(self.runs, self.out or alone))
+        return Answer({"report": page, "runs": [str(run) for run in self.runs]}, [page])
+
+
+@dataclass(frozen=True, kw_only=True)
+class List:
+    """List what there is, one line each."""
+
+    what: Positional[Literal["spaces", "methods", "devices", "tasks", "costs"]]
+    """Which list."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def run(self) -> Answer:
+        from netsmith.listing import listing
+
+        found = listing(self.what)
+        wide = max(map(len, found))
+        return Answer({self.what: found}, [f"{name:{wide}}  {text}" for name, text in found.items()])
+
+
+@contextmanager
+def resumable(run: Run) -> Iterator[None]:
+    """Whatever stops the work carries a note with the command that continues it."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"netsmith search --resume {run.path}")
+        raise
+
+
+def finished(folder: Path, result: dict[str, Any]) -> Answer:
+    """Writes the report; the answer is the table, the verdict and where the report is."""
+    from netsmith.report.networks import found, networks, rivals
+    from netsmith.report.page import write_report
+    from netsmith.report.table import table
+
+    report = write_report([folder], folder / "report.html")
+    verdicts = {str(member["verdict"]): bool(member["kept"]) for member in found(result)}
+    listed = networks(result)
+    compared = rivals([n for n in listed if n.kind == "found"], [n for n in listed if n.kind == "baseline"])
+    broken = [verdict for verdict, kept in verdicts.items() if not kept]
+    lines = [table(result), *(verdict for verdict, kept in verdicts.items() if kept), *compared, f"report: {report}"]
+    return Answer({**result, "run": str(folder), "report": str(report)}, lines, "; ".join(broken))
