@@ -47,7 +47,7 @@ class PruNet:
     paths: Literal["all", "one"] = "one"
     """What a weight step runs in each layer. all: every block and both widths, mixed; one: a single path drawn from the
     probabilities (ours; a quarter of the time, and weights that work alone). Architecture steps always mix all."""
-    headroom: float = 2.0
+    headroom: float = 3.0
     """Widths start below the uniform expansion at which the full-depth network costs this many budgets (ours); the
     space's widest network is often ten budgets, and training it first teaches little. 0: no ceiling."""
     check_every: int = 5
