@@ -363,7 +363,7 @@ class Pruning:
         """Tier 3: introduce the depth gates, then decide layer by layer, at most one removal per stage and sweep."""
         if not self.depth:
             start = math.log(self.method.layer_start / (1 - self.method.layer_start))
-            skippable = [path for path, layer in self.layers().items() if SKIP in layer.options]
+            skippable = [p for p, layer in self.layers().items() if SKIP in layer.options and len(layer.options) > 1]
             self.depth = {path: nn.Parameter(torch.tensor(start)) for path in skippable}
             return []
         span = max(1e-9, 1 - self.method.layers_from)
@@ -372,22 +372,18 @@ class Pruning:
         for path, d in sorted(self.depth.items(), key=lambda item: item[1].item()):
             if path in self.kept:
                 continue
-            layer = self.layers()[path]
             s, stage = d.sigmoid().item(), path.rpartition("_")[0]
-            if s > 0.5 + margin or progress >= 1 or (self.excess() <= 0 and s >= 0.5 - margin):
-                if s > 0.5 + margin or progress >= 1:
-                    self._keep(path, layer, optimizer)
-            elif s < 0.5 - margin and stage not in touched and self.excess() > 0:
-                # Once the expected cost has reached the target, removing more would overshoot.
+            # Once the expected cost has reached the target, removing more would overshoot.
+            if s < 0.5 - margin and stage not in touched and self.excess() > 0:
+                layer = self.layers()[path]
                 for option in [o for o in layer.options if o != SKIP]:
                     remove_option(layer, option, optimizer)
                 del self.depth[path]
                 touched.add(stage)
                 events.append({"path": path, "option": "layer", "tier": 3, "probability": s})
+            elif s > 0.5 + margin or progress >= 1:
+                self.kept.add(path)
         return events
-
-    def _keep(self, path: str, layer: OneOf, optimizer: torch.optim.Optimizer) -> None:
-        self.kept.add(path)
 
     # Results ------------------------------------------------------------------------------------------------------
 
