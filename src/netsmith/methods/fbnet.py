@@ -51,7 +51,7 @@ class FBNet:
     def search(self, problem: Problem, run: Run) -> list[Options]:
         start = capacity(problem)
         chosen = [
-            settle(problem, run, f"settle-{i}", budgets, start, epochs=self.race_epochs)
+            settle(problem, run, f"fbnet-settle-{i}", budgets, start, epochs=self.race_epochs)
             for i, budgets in enumerate(problem.budgets)
         ]
         searcher = learn(
@@ -67,7 +67,7 @@ class FBNet:
         for i, budgets in enumerate(problem.budgets):
             values = prefer(searcher.values(), chosen[i], 1e3)
             drawn = finalists(problem, budgets, values, self.samples, generator, self.noise)
-            best, _ = race(problem, run, f"finalists-{i}", drawn, epochs=self.race_epochs)[0]
+            best, _ = race(problem, run, f"fbnet-finalists-{i}", drawn, epochs=self.race_epochs)[0]
             found.append(prefer(values, best, 1e3))
         return found
 
@@ -125,23 +125,26 @@ class _Supernet:
         self.progress = state["progress"]
 
     def values(self) -> Options:
-        """log p of every option, the latency's share of the learned preference given back.
+        """log p of every option, relative to the best of its decision, and a little capacity.
 
-        The logits balance accuracy against latency at one target; the knapsack weighs latency itself, for any budget.
-        A little capacity keeps slack from being left unspent.
+        Relative, because otherwise a block whose width is open would count with log p twice, and lose to a skip that
+        has nothing inside. The capacity keeps slack from being left unspent.
         """
         values = {path: dict(row) for path, row in capacity(self.problem).items()}
         for path, decision in decisions(self.supernet).items():
             if path not in self.structural:
-                for option, p in zip(decision.options, decision.logits.detach().log_softmax(0).tolist(), strict=True):
-                    values[path][option] = p + 0.05 * values[path][option]
+                below_best = (decision.logits.detach() - decision.logits.detach().max()).tolist()
+                for option, value in zip(decision.options, below_best, strict=True):
+                    values[path][option] = value + 0.05 * values[path][option]
         return values
 
 
 def restrict(supernet: nn.Module, chosen: Sequence[dict]) -> None:
     """Remove every structural option that no budget chose."""
-    for path in {path for choice in chosen for path in choice}:
-        decision = decisions(supernet)[path]
+    for path in dict.fromkeys(path for choice in chosen for path in choice):
+        decision = decisions(supernet).get(path)
+        if decision is None:  # went with the option that it was nested in
+            continue
         kept = {choice[path] for choice in chosen if path in choice}
         for option in [option for option in decision.options if option not in kept]:
             decision.remove(option)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from netsmith.architecture import assemble, outline
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options, expected
 from netsmith.decisions import Decision, Draw, OneOf, Width, decisions
@@ -87,13 +89,13 @@ class PruNet:
     def _search_one(self, problem: Problem, run: Run, number: int, budgets: Sequence[Budget]) -> Options:
         chosen = settle(problem, run, f"settle-{number}", budgets, capacity(problem), epochs=self.race_epochs)
 
-        def make() -> Pruning:
+        def make(budgets: Sequence[Budget] = budgets) -> Pruning:
             return Pruning(self, problem, budgets, chosen)
 
         warm = "-".join(["warm", *map(str, chosen.values())])
-        warmup = self.steps.warmup_epochs
+        warmup = min(self.steps.warmup_epochs, self.steps.epochs)
         if warmup:
-            learn(problem, run, warm, make, self.steps, until=warmup)
+            learn(problem, run, warm, lambda: make(loosest(problem.budgets)), self.steps, until=warmup)
         after = run.checkpoint(f"{warm}.pt") if warmup else None
         searcher = learn(problem, run, f"prune-{number}", make, self.steps, after=after)
         assert isinstance(searcher, Pruning)
@@ -102,6 +104,14 @@ class PruNet:
         drawn = finalists(problem, budgets, values, self.samples, generator, self.noise)
         best, _ = race(problem, run, f"finalists-{number}", drawn, epochs=self.race_epochs)[0]
         return prefer(values, best, 1e3)
+
+
+def loosest(budgets: Sequence[Sequence[Budget]]) -> list[Budget]:
+    """The largest limit of each metric: what a warm-up that all budgets share has to serve."""
+    found: dict[str, Budget] = {}
+    for budget in (budget for point in budgets for budget in point):
+        found[budget.metric] = max(budget, found.get(budget.metric, budget), key=lambda b: b.limit)
+    return list(found.values())
 
 
 class Prunode(nn.Module):
@@ -135,7 +145,8 @@ class Prunode(nn.Module):
         indices, weights = self.hidden.draw()
         block: Any = self.block
         if self.second is None or len(indices) == 1:
-            y = block.body_at(x, *self.hidden.extent())
+            alone: Any = block if self.second is None or indices[0] != self.high else self.second
+            y = alone.body_at(x, *self.hidden.extent())
         else:
             second: Any = self.second
             narrow, wide = (self.hidden.options[i] for i in indices)
@@ -157,6 +168,8 @@ class Prunode(nn.Module):
             self._grow(self.low + self.speed)
         else:
             self.high -= self.speed
+        if self.closed:
+            self._keep_copy(winner)
         with torch.no_grad():
             self.logits.zero_()
         if optimizer is not None:
@@ -172,12 +185,15 @@ class Prunode(nn.Module):
 
     def close(self) -> None:
         """Decide for the more probable width."""
-        if int(self.logits.detach().argmax()) == 1:
-            if self.second is not None and not self.closed:
-                self.block = self.second
-            self.low = self.high
-        else:
-            self.high = self.low
+        if self.closed:
+            return
+        winner = int(self.logits.detach().argmax())
+        self.low = self.high = (self.low, self.high)[winner]
+        self._keep_copy(winner)
+
+    def _keep_copy(self, winner: int) -> None:
+        if self.second is not None and winner == 1:
+            self.block = self.second
         self.second = None
 
 
@@ -224,19 +240,19 @@ class Pruning:
     def _lower_ceiling(self, headroom: float) -> None:
         """Remove the widths above the largest uniform expansion whose full-depth network costs ``headroom`` budgets."""
         found = {path: d for path, d in decisions(self.supernet).items() if isinstance(d, Width)}
-        inputs = {path: self.supernet.get_submodule(path.rpartition(".")[0]).options["inputs"] for path in found}
+        blocks: dict[str, Any] = {path: self.supernet.get_submodule(path.rpartition(".")[0]) for path in found}
+        lines = outline(self.supernet)
 
         def kept(path: str, expansion: float) -> list[int]:
             widths = found[path].options
-            return [n for n in widths if n <= expansion * inputs[path]] or widths[:2]
+            return [n for n in widths if n <= expansion * blocks[path].options["inputs"]] or widths[:2]
 
         def cost(expansion: float) -> float:
             shares = []
             for name, target in self.targets.items():
                 prices = self.problem.prices[name]
-                first = {path: d.options[0] for path, d in decisions(self.supernet).items() if isinstance(d, OneOf)}
-                chosen = {path: kept(path, expansion)[-1] for path in found if path.split(".")[-2] in first.values()}
-                shares.append(prices.of({**first, **chosen}) / target)
+                deep = assemble(lines, lambda p, options: kept(p, expansion)[-1] if p in found else options[0])
+                shares.append(prices.of(deep) / target)
             return max(shares)
 
         expansion = 8.0
@@ -372,7 +388,7 @@ class Pruning:
         for path, d in sorted(self.depth.items(), key=lambda item: item[1].item()):
             if path in self.kept:
                 continue
-            s, stage = d.sigmoid().item(), path.rpartition("_")[0]
+            s, stage = d.sigmoid().item(), re.sub(r"[._]\d+$", "", path)
             # Once the expected cost has reached the target, removing more would overshoot.
             if s < 0.5 - margin and stage not in touched and self.excess() > 0:
                 layer = self.layers()[path]
@@ -453,10 +469,14 @@ class Pruning:
                 layer.remove(option)
         for path, (low, high, speed, winner, single) in state["prunodes"].items():
             node = self.prunodes[path]
-            node.low, node.high, node.speed, node.winner = low, high, speed, winner
+            # A warm-up that several budgets share has seen wider widths than a small budget starts with.
+            top = len(node.hidden.options) - 1
+            node.low, node.high, node.speed, node.winner = min(low, top), min(high, top), speed, winner
             if single:
                 node.second = None
         self.depth = {path: nn.Parameter(d.clone()) for path, d in state["depth"].items()}
         self.kept = set(state["kept"])
         self.steps = state["steps"]
-        self.supernet.load_state_dict(state["supernet"])
+        # The logits of the widths themselves are never trained: a Prunode weighs its two.
+        own = {f"{path}.logits": d.logits for path, d in decisions(self.supernet).items() if path in self.prunodes}
+        self.supernet.load_state_dict({**state["supernet"], **own})

@@ -106,7 +106,8 @@ def learn(
     if checkpoint.exists():
         run.rewind(loop.load(load_state(checkpoint)))
     elif after is not None:
-        loop.load(load_state(after))
+        # Only weights were trained, and the number of open choices may be another one here.
+        loop.load({**load_state(after), "architecture": None})
     while loop.epoch < last:
         entry, edits = loop.train_epoch(run.seed(name))
         for edit in edits:
@@ -219,7 +220,8 @@ class _Loop:
         self.searcher.restore(state["searcher"])
         self._follow()
         self.weights.load_state_dict(state["weights"])
-        self.architecture.load_state_dict(state["architecture"])
+        if state["architecture"] is not None:
+            self.architecture.load_state_dict(state["architecture"])
         self.epoch = state["epoch"]
         return state["events"]
 

@@ -18,6 +18,7 @@ from netsmith.cost.prices import Options
 from netsmith.decisions import Architecture
 from netsmith.errors import PromiseBroken
 from netsmith.run import Run
+from netsmith.search.allocate import Infeasible
 from netsmith.search.problem import Problem
 from netsmith.ship.export import export
 
@@ -70,12 +71,17 @@ def _keep(
     scale = {budget.metric: AIM if _measurable(budget, time_file) else 1.0 for budget in budgets}
     best: Kept | None = None
     previous: Architecture = {}
-    worst = ""
+    worst, measurings = "", 0
     for number in range(1, rounds + 1):
-        architecture = problem.allocate(values, budgets, scale)
+        try:
+            architecture = problem.allocate(values, budgets, scale)
+        except Infeasible:
+            if number > 1:
+                break  # nothing is small enough for the corrected limit
+            architecture = problem.allocate(values, budgets)
         if architecture == previous:
             break
-        previous = architecture
+        previous, measurings = architecture, number
         predicted = {b.metric: _predicted(problem, b, architecture) for b in budgets}
         file = export_untrained(problem, architecture, run.path / "untrained.onnx")
         measured = {b.metric: _measured(b, predicted[b.metric], file, time_file) for b in budgets}
@@ -102,8 +108,8 @@ def _keep(
             b = broken[0]
             worst = f"{b} was measured at {show(measured[b.metric], b.unit)}"
     if best is None:
-        raise PromiseBroken(f"no exported network kept its budget in {rounds} rounds: {worst}")
-    return Kept(best.architecture, best.predicted, best.measured, number)
+        raise PromiseBroken(f"no exported network kept its budget in {measurings} rounds: {worst}")
+    return Kept(best.architecture, best.predicted, best.measured, measurings)
 
 
 def export_untrained(problem: Problem, architecture: Architecture, path: Path) -> Path:

@@ -11,8 +11,8 @@ from netsmith.architecture import dumps
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options
 from netsmith.decisions import Architecture
+from netsmith.errors import UserError
 from netsmith.run import Run
-from netsmith.search.allocate import Infeasible
 from netsmith.search.problem import Problem
 from netsmith.train.loop import evaluate, train
 
@@ -76,17 +76,20 @@ def settle(
 def within_each(
     problem: Problem, budgets: Sequence[Budget], values: Options, structural: Sequence[str]
 ) -> list[Architecture]:
-    """The most valuable network within the budget for each structural option that has one."""
+    """The most valuable network within the budget for each structural option that has one.
+
+    Raises: UserError when none has.
+    """
     found: dict[str, Architecture] = {}
     for path in structural:
         for option in values[path]:
             only = {**values, path: {option: values[path][option]}}
             try:
                 architecture = problem.allocate(only, budgets)
-            except Infeasible:
+            except UserError:
                 continue
             found.setdefault(dumps({p: architecture[p] for p in structural if p in architecture}), architecture)
-    return list(found.values())
+    return list(found.values()) or [problem.allocate(values, budgets)]
 
 
 def finalists(

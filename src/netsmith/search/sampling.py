@@ -11,13 +11,12 @@ from netsmith.architecture import mutate, sample
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options
 from netsmith.decisions import Architecture, Option
-from netsmith.errors import UserError
 from netsmith.search.problem import Problem
 
 
 def usage(problem: Problem, architecture: Mapping[str, Option], budgets: Sequence[Budget]) -> float:
     """The largest predicted share of a budget that adds up: 1 is exactly at the limit."""
-    return max(limit.prices.of(architecture) / limit.at_most for limit in problem.limits(budgets))
+    return max(problem.prices[limit.name].of(architecture) / limit.at_most for limit in problem.limits(budgets))
 
 
 def at_budget(
@@ -27,9 +26,14 @@ def at_budget(
 
     Drawn uniformly; where it misses the window, random single mutations that bring it closer are accepted until it is
     in. The walk keeps most of the random network, where rejection would need thousands of draws for a small budget.
+    Where no network is found in the window (a coarse space, a limit above the largest network), the one within the
+    limit that comes closest to it.
+
+    Raises: Infeasible, naming the smallest reachable cost.
     """
     space = problem.outline
-    for _ in range(100):
+    nearest: tuple[float, Architecture] | None = None
+    for _ in range(20):
         architecture = sample(space, generator)
         distance = _distance(usage(problem, architecture, budgets), least)
         for _ in range(300):
@@ -38,7 +42,9 @@ def at_budget(
             other = mutate(space, architecture, generator)
             if (there := _distance(usage(problem, other, budgets), least)) < distance:
                 architecture, distance = other, there
-    raise UserError(f"no random network found within {least:.0%} to 100 % of {', '.join(map(str, budgets))}")
+        if usage(problem, architecture, budgets) <= 1 and (nearest is None or distance < nearest[0]):
+            nearest = distance, architecture
+    return nearest[1] if nearest else problem.allocate(flat(problem), budgets)
 
 
 def _distance(share: float, least: float) -> float:
