@@ -66,9 +66,9 @@ def _run(arguments: list[str]) -> int:
         print(HELP.format(verbs="\n".join(f"  {name:8} {text}" for name, text in VERBS.items())), end="")
         return 0
     if arguments[0] == "--version":
-        from netsmith import __version__
+        from importlib.metadata import version
 
-        print(f"netsmith {__version__}")
+        print(f"netsmith {version('netsmith')}")
         return 0
     if arguments[0] not in VERBS:
         raise unknown("verb", arguments[0], VERBS)

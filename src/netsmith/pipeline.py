@@ -6,9 +6,10 @@ Every step is a stage of the run, so a run that was killed goes on where it was.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,10 +28,13 @@ from netsmith.cost.meter import measure
 from netsmith.cost.prices import Prices
 from netsmith.cost.table import Calibration, LatencyTable, TableDevice
 from netsmith.decisions import Architecture
+from netsmith.errors import UserError
 from netsmith.methods import make_method
 from netsmith.run import Run, atomically
+from netsmith.search.allocate import Infeasible
 from netsmith.search.problem import Problem
 from netsmith.search.promise import Kept, export_untrained, keep
+from netsmith.search.sampling import capacity
 from netsmith.ship.export import export
 from netsmith.ship.gate import Verdict, gate
 from netsmith.ship.weights import load, save
@@ -152,6 +156,7 @@ def search(run: Run, say: Say) -> dict:
     job = Job(run, say)
     run.progress = say.progress
     problem = job.problem
+    check_feasible(job, problem)
     seconds = {"profile": job.profile_seconds}
     say.stage(f"search: {job.asked['method']}")
     method = make_method(job.asked["method"], job.asked["method_options"])
@@ -167,6 +172,29 @@ def search(run: Run, say: Say) -> dict:
             )
     say.stage("train, export, measure")
     return finish(job, front, rivals, seconds)
+
+
+def check_feasible(job: Job, problem: Problem) -> None:
+    """Raises: UserError for a budget that no network keeps as predicted, with the nearest that one does."""
+    for asked, budgets in zip(job.budgets, problem.budgets, strict=True):
+        try:
+            problem.allocate(capacity(problem), budgets)
+        except Infeasible as error:
+            smallest = dict(zip([limit.name for limit in problem.limits(budgets)], error.reachable, strict=True))
+            near = [b if b.metric not in smallest else _raised(b, smallest[b.metric][0], job) for b in asked]
+            if near == asked:  # each can be kept, only not all at once
+                raise
+            raise UserError(f"{error}; the nearest that can be kept: {', '.join(map(str, near))}") from None
+
+
+def _raised(budget: Budget, least: float, job: Job) -> Budget:
+    """The budget, or the next above ``least`` in two digits: the file differs a little from what is predicted."""
+    reference = job.reference["cost"][budget.metric]
+    if least <= budget.absolute(reference):
+        return budget
+    limit = 1.02 * least / (reference if budget.relative else 1.0)
+    step = 10.0 ** (math.floor(math.log10(limit)) - 1)
+    return replace(budget, limit=float(f"{math.ceil(limit / step) * step:.2g}"))
 
 
 def _found(job: Job, problem: Problem, name: str, method: Any) -> list[Kept]:

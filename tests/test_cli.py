@@ -1,0 +1,351 @@
+"""The command line as a user meets it: help, answers, bad input, interruptions, and one real run through every verb."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import netsmith
+import netsmith.pipeline
+import netsmith.profiling
+from netsmith.cli import VERBS, main
+from netsmith.cost.latency import calibrate
+from netsmith.errors import UserError
+from netsmith.methods import METHODS
+from netsmith.run import Run
+
+HEAVY = ["torch", "torchvision", "timm", "scipy", "optuna"]
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["netsmith"])
+
+
+# Help -----------------------------------------------------------------------------------------------------------------
+
+
+def test_help_loads_nothing_heavy_and_is_quick():
+    code = (
+        "import sys, time; started = time.perf_counter(); from netsmith.cli import main; main(['--help'])\n"
+        f"print(time.perf_counter() - started, [m for m in {HEAVY} if m in sys.modules])"
+    )
+    attempts = [run_python(code) for _ in range(3)]  # the machine may be busy: the best of three
+    assert all(attempt.stdout.endswith(" []\n") for attempt in attempts), attempts[0]
+    assert min(float(attempt.stdout.splitlines()[-1].split()[0]) for attempt in attempts) < 0.3
+    assert all(f"  {verb} " in attempts[0].stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb(verb, capsys):
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"usage: netsmith {verb}" in text
+    assert "--json" in text
+    assert "None" not in text
+
+
+def test_verbs_and_lists_load_nothing_heavy():
+    code = (
+        "import sys; from netsmith.cli import main; main(['search', '--help']); main(['list', 'methods']); "
+        f"main(['search', '--task', 'digts']); print([m for m in {HEAVY} if m in sys.modules])"
+    )
+    ran = run_python(code)
+    assert ran.stdout.endswith("[]\n"), ran.stderr
+
+
+@pytest.mark.parametrize("what", ["spaces", "methods", "devices", "tasks", "costs"])
+def test_lists(what, capsys):
+    assert main(["list", what]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert main(["list", what, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[what]
+    assert [line.split()[0] for line in lines] == list(found)
+    assert all(found.values())
+    assert what != "methods" or list(found) == list(METHODS)
+
+
+# Bad input ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("serch", "unknown verb 'serch'; did you mean 'search'?"),
+        ("search --bugdet x", "did you mean '--budget'?"),
+        ("search --epochs x", "--epochs: 'x' is no INT"),
+        ("search --epochs", "Missing value for argument '--epochs'"),
+        ("search digits", "cannot place 'digits'"),
+        ("search --task digts", "did you mean 'digits'?"),
+        ("search --method prunt", "did you mean 'prunet'?"),
+        ("search --space prunet_smll", "did you mean 'prunet_small'?"),
+        ("search --device ort-cpu:thread=2", "did you mean 'threads'?"),
+        ("search --budget latency<5ms", "only <= can be asked for"),
+        ("search --budget latency<=5m", "takes no unit 'm'"),
+        ("search --budget latncy<=5ms", "did you mean 'latency'?"),
+        ("search --budget params<=1M --budget params<=2M", "params is given more than once"),
+        ("search --table no.csv", "no.csv does not exist"),
+        ("search --config no.yaml", "no.yaml cannot be read"),
+        ("search --resume nowhere", "nowhere is no run of netsmith"),
+        ("search --resume nowhere --seed 3", "--resume takes no other options"),
+        ("search --task folder:nowhere", "there is no such folder"),
+        ("search --task cifar100 --data nowhere", "the data folder nowhere does not exist"),
+        ("train nowhere", "nowhere is no run of netsmith"),
+        ("train", "RUN"),
+        ("ship nowhere", "no run of netsmith"),
+        ("measure nowhere", "nowhere does not exist"),
+        ("measure .", "holds no model.onnx"),
+        ("profile --space fbnt", "did you mean 'fbnet'?"),
+        ("profile --space fbnet --resolution 8", "needs 64 px"),
+        ("report", "no run folder was given"),
+        ("report nowhere", "does not exist"),
+        ("list space", "spaces"),
+    ],
+)
+def test_bad_input_is_one_sentence(line, said, capsys, tmp_path):
+    assert main(line.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("netsmith: ")
+    assert printed.err.count("\n") == 1
+    assert said in printed.err
+    assert printed.out == ""
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_files(tmp_path, capsys):
+    (tmp_path / "bad.onnx").write_text("no protobuf")
+    assert main(["measure", "bad.onnx"]) == 2
+    assert "bad.onnx cannot be loaded by ONNX Runtime" in capsys.readouterr().err
+    (tmp_path / "table.csv").write_text("key,ms\nReLU() @ 3x8x8,1.0\n")
+    assert main(["profile", "--task", "digits", "--table", "table.csv"]) == 2
+    assert "in the table table" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "one" / "cat").mkdir(parents=True)
+    (tmp_path / "one" / "cat" / "a.png").write_text("no image")
+    assert main(["search", "--task", "folder:one"]) == 2
+    assert "single class" in capsys.readouterr().err
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "problem.yaml").write_text("format: 0\ntask: digits\n")
+    assert main(["search", "--resume", "old"]) == 2
+    assert "format 0; this netsmith reads format 1" in capsys.readouterr().err
+
+
+def test_an_error_is_an_object_with_json(capsys):
+    assert main(["search", "--method", "prunt", "--json"]) == 2
+    assert "did you mean 'prunet'" in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_as_a_program():
+    ran = subprocess.run([sys.executable, "-m", "netsmith", "serch"], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr.startswith("netsmith: unknown verb")
+
+
+# A search, its pipeline replaced --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline(monkeypatch):
+    """Replaces the job of a search by a function of the run and where progress goes."""
+
+    def replace(job):
+        monkeypatch.setattr(netsmith.pipeline, "search", job)
+
+    return replace
+
+
+def raising(error):
+    def job(run, say):
+        raise error
+
+    return job
+
+
+RESULT = {
+    "method": "prunet",
+    "task": "digits",
+    "kept": True,
+    "verdict": "kept: 1 ms",
+    "metric": {"name": "accuracy", "test": 0.9, "test_exported": 0.9},
+    "budgets": [{"metric": "latency", "limit": 1.0, "unit": "ms", "measured": 0.9, "kept": True}],
+    "cost": {"params": 1e6, "macs": 1e6, "latency_ms": {"median": 0.9, "ci95": [0.89, 0.91]}},
+    "reference": {"metric": {"test": 0.95}, "cost": {"params": 2e6, "latency_ms": {"median": 2.0}}},
+}
+
+
+def answering(result):
+    def job(run, say):
+        say.stage("work")
+        say.progress("epochs", 1, 2, "loss 0.5")
+        run.write_json("result.json", result)
+        return result
+
+    return job
+
+
+def test_a_search_ends_with_table_verdict_and_report(pipeline, capsys):
+    pipeline(answering(RESULT))
+    assert main(["search"]) == 0
+    printed = capsys.readouterr()
+    assert "reference" in printed.out
+    assert "found" in printed.out
+    assert "kept: 1 ms" in printed.out
+    assert printed.out.splitlines()[-1] == "report: runs/digits-prunet-1/report.html"
+    assert Path("runs/digits-prunet-1/report.html").is_file()
+    assert "runs/digits-prunet-1: prunet for digits" in printed.err
+    assert "work" in printed.err
+
+
+def test_json_is_one_object_and_nothing_else(pipeline, capsys):
+    pipeline(answering(RESULT))
+    assert main(["search", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["metric"] == RESULT["metric"]
+    assert answer["run"] == "runs/digits-prunet-1"
+
+
+def test_a_broken_promise_exits_with_3(pipeline, capsys):
+    pipeline(answering(RESULT | {"kept": False, "verdict": "broken: 2 ms against a limit of 1 ms"}))
+    assert main(["search"]) == 3
+    printed = capsys.readouterr()
+    assert "BROKEN" in printed.out
+    assert printed.err.endswith("netsmith: broken: 2 ms against a limit of 1 ms\n")
+    assert main(["search", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out)["kept"] is False
+
+
+def test_ctrl_c_says_how_to_continue(pipeline, capsys):
+    pipeline(raising(KeyboardInterrupt()))
+    assert main(["search"]) == 130
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "netsmith: stopped; continue with: netsmith search --resume runs/digits-prunet-1"
+    pipeline(answering(RESULT))
+    assert main(["search", "--resume", "runs/digits-prunet-1"]) == 0
+
+
+def test_an_error_within_a_run(pipeline, capsys):
+    pipeline(raising(UserError("training broke down: the loss became nan")))
+    assert main(["search"]) == 2
+    assert capsys.readouterr().err.endswith("netsmith: training broke down: the loss became nan\n")
+
+
+def test_a_bug_is_one_line_and_its_traceback_a_file(pipeline, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("NETSMITH_CACHE", str(tmp_path / "cache"))
+    pipeline(raising(RuntimeError("first line\nsecond line")))
+    assert main(["search"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("netsmith: unexpected RuntimeError: first line (this is a bug; the traceback is in ")
+    (file,) = (tmp_path / "cache" / "errors").iterdir()
+    assert "Traceback" in file.read_text()
+    assert "--resume runs/digits-prunet-1" in file.read_text()
+
+
+def test_flags_override_the_file(pipeline, capsys):
+    Path("asked.yaml").write_text("budget: [latency<=0.3x]\nmethod: fbnet\nseed: 5\nmethod_options: {samples: 2}\n")
+    pipeline(answering(RESULT))
+    assert main(["search", "--config", "asked.yaml", "--seed", "6", "--out", "here", "--baselines"]) == 0
+    with Run.open("here") as run:
+        assert run.problem["seed"] == 6
+        assert run.problem["method"] == "fbnet"
+        assert run.problem["budget"] == ["latency<=0.3x"]
+        assert run.problem["baselines"] == []
+        assert run.problem["method_options"] == {"samples": 2}
+    budgets = ["--budget", "params<=1M", "--budget=latency<=0.2x,0.4x"]
+    assert main(["search", "--config=asked.yaml", "--out", "there", *budgets]) == 0
+    with Run.open("there") as run:
+        assert run.problem["budget"] == ["params<=1M", "latency<=0.2x,0.4x"]
+
+
+# A real run through every verb ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory):
+    """The smallest real search: two layers a stage, one epoch, a random network."""
+    folder = tmp_path_factory.mktemp("real")
+    asked = {"method": "random", "baselines": [], "epochs": 1, "space_options": {"depth": 1, "expansion": 1}}
+    (folder / "asked.yaml").write_text(yaml.safe_dump(asked))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NETSMITH_CACHE", str(folder / "cache"))
+        for user in (netsmith.pipeline, netsmith.profiling):  # less time than a search takes to calibrate
+            patch.setattr(user, "calibrate", lambda *args, **_: calibrate(*args, seconds=1.0))
+        assert main(["search", "--config", str(folder / "asked.yaml"), "--out", str(folder / "run"), "--json"]) in (
+            0,
+            3,
+        )
+        yield folder / "run"
+
+
+def test_the_result_has_what_the_issue_lists(real_run):
+    result = json.loads((real_run / "result.json").read_text())
+    for key in ("method", "space", "task", "seed", "parity_max_abs_diff"):
+        assert result[key] is not None
+    assert set(result["metric"]) == {"name", "test", "test_exported"}
+    assert set(result["budgets"][0]) == {"metric", "limit", "unit", "measured", "kept"}
+    assert {"params", "macs", "peak_memory_bytes", "file_bytes", "latency_ms"} <= set(result["cost"])
+    assert {"predicted", "median", "ci95"} <= set(result["cost"]["latency_ms"])
+    assert set(result["reference"]) == {"metric", "cost"}
+    assert {"profile", "search", "train", "ship"} <= set(result["seconds"])
+    assert (real_run / "report.html").is_file()
+    assert netsmith.load(real_run).training is False
+
+
+def test_resuming_a_finished_run_gives_the_same_answer(real_run, capsys):
+    before = json.loads((real_run / "result.json").read_text())
+    assert main(["search", "--resume", str(real_run), "--json"]) in (0, 3)
+    assert json.loads(capsys.readouterr().out).items() >= before.items()
+
+
+def test_measure_a_run_and_a_file(real_run, capsys):
+    for target in (real_run, real_run / "model.onnx"):
+        assert main(["measure", str(target), "--seconds", "0.5", "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        (network,) = answer["networks"]
+        assert network["ci95"][0] <= network["latency_ms"] <= network["ci95"][1]
+        assert network["iterations"] > 0
+        assert answer["versions"]["onnxruntime"]
+        assert "ort-cpu" in answer["fingerprint"]
+    assert main(["measure", str(real_run), "--seconds", "0.5"]) == 0
+    assert "ms (95 % interval" in capsys.readouterr().out
+
+
+def test_ship_again(real_run, capsys):
+    code = main(["ship", str(real_run), "--json"])
+    assert code == (0 if json.loads(capsys.readouterr().out)["kept"] else 3)
+
+
+def test_train_again_gives_the_same_network(real_run, capsys):
+    before = (real_run / "weights.safetensors").read_bytes()
+    (real_run / "weights.safetensors").unlink()
+    assert main(["train", str(real_run), "--json"]) in (0, 3)
+    capsys.readouterr()
+    assert (real_run / "weights.safetensors").read_bytes() == before
+
+
+def test_profile(real_run, capsys):
+    line = ["profile", "--space", "fbnet_small", "--task", "digits", "--networks", "4"]
+    assert main([*line, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["new_entries"] > 0
+    assert answer["error"]["networks"] == 4
+    assert answer["range_ms"][0] < answer["range_ms"][1]
+    assert main([*line[:-1], "0"]) == 0  # the table remembers
+    assert "measured now" not in capsys.readouterr().out
+
+
+def test_a_budget_that_cannot_be_kept(real_run, capsys):
+    asked = ["--config", str(real_run.parent / "asked.yaml"), "--budget", "latency<=1us", "--out", "small"]
+    assert main(["search", *asked]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    nearest = re.search(r"the smallest network needs .*; the nearest that can be kept: (latency<=\S+s)$", last)
+    assert nearest, last
+    assert main(["search", *asked[:2], "--budget", "latency<=0.01x", "--out", "relative"]) == 2
+    assert re.search(r"nearest that can be kept: latency<=0\.\d+x$", capsys.readouterr().err.splitlines()[-1])

@@ -1,0 +1,163 @@
+"""Options from YAML, strictly; methods by name; and what a run's problem.yaml says of them."""
+
+from pathlib import Path
+
+import pytest
+
+from netsmith.errors import UserError
+from netsmith.methods import METHODS, make_method
+from netsmith.options import SearchOptions, checked, read_config
+from netsmith.prepare import check, default_space, next_folder, prepare
+from netsmith.run import Run
+from netsmith.train.recipe import Recipe
+
+
+def written(folder: Path, text: str) -> Path:
+    file = folder / "options.yaml"
+    file.write_text(text)
+    return file
+
+
+def test_a_file_is_the_options(tmp_path):
+    text = "task: cifar10\ndata: /x\nbudget: [latency<=1ms]\nbaselines: []\nrecipe: {learning_rate: 1e-3, ema: 0.9}\n"
+    options = read_config(written(tmp_path, text))
+    assert options == SearchOptions(
+        task="cifar10",
+        data=Path("/x"),
+        budget=("latency<=1ms",),
+        baselines=(),
+        recipe={"learning_rate": 1e-3, "ema": 0.9},
+    )
+    assert checked(Recipe, options.recipe, "recipe").learning_rate == 1e-3
+    assert read_config(written(tmp_path, "")) == SearchOptions()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("methd: prunet", "methd: unknown; did you mean method?"),
+        ("seed: '3'", "seed: '3' was given; it should be a valid integer"),
+        ("seed: 1.5", "seed: 1.5 was given"),
+        ("seed: true", "seed: True was given"),
+        ("budget: latency<=1ms", "budget: 'latency<=1ms' was given; it should be a list"),
+        ("recipe: 3", "recipe: 3 was given; it should be a mapping"),
+        ("- task", "options are a mapping"),
+        ("task: [", "is no YAML: see line"),
+    ],
+)
+def test_a_wrong_file_says_where(tmp_path, text, said):
+    with pytest.raises(UserError, match=r"options\.yaml") as error:
+        read_config(written(tmp_path, text))
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(UserError, match="No such file"):
+        read_config(tmp_path / "no.yaml")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_made_by_name(name):
+    assert hasattr(make_method(name), "search")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"sampels": 1}, "method_options.sampels: unknown; did you mean samples?"),
+        ({"steps": {"epoch": 1}}, "method_options.steps.epoch: unknown; did you mean epochs?"),
+        ({"steps": {"epochs": "1"}}, "method_options.steps.epochs: '1' was given"),
+        ({"loss": "powr"}, "method_options.loss: 'powr' was given; it should be 'power' or 'relative'"),
+        ({"race_epochs": [1, "x"]}, "method_options.race_epochs.1: 'x' was given"),
+    ],
+)
+def test_method_options_are_strict(options, said):
+    with pytest.raises(UserError) as error:
+        make_method("fbnet", options)
+    assert said in str(error.value)
+
+
+def test_method_options_become_what_the_fields_are():
+    made = make_method("fbnet", {"race_epochs": [1, 3], "steps": {"epochs": 7}, "noise": 1})
+    assert (made.race_epochs, made.steps.epochs, made.noise) == ((1, 3), 7, 1.0)
+
+
+def test_an_unknown_method():
+    with pytest.raises(UserError, match="did you mean 'fbnet'"):
+        make_method("fbnett")
+
+
+def test_a_value_out_of_range_is_named():
+    with pytest.raises(UserError, match=r"recipe\.epochs is 0; allowed: 1 or more"):
+        checked(Recipe, {"epochs": 0}, "recipe")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": "prunett"}, "unknown method 'prunett'; did you mean 'prunet'?"),
+        ({"baselines": ("rand",)}, "unknown method 'rand'; did you mean 'random'?"),
+        ({"space": "prunet_smal"}, "did you mean 'prunet_small'?"),
+        ({"task": "digit"}, "did you mean 'digits'?"),
+        ({"device": "ort-gpu"}, "did you mean 'ort-cpu'?"),
+        ({"budget": ("latency<=5parsec",)}, "no unit 'parsec'"),
+        ({"budget": ()}, "no budget"),
+        ({"table": Path("/no.csv")}, "/no.csv does not exist"),
+        ({"epochs": 0}, "epochs is 0"),
+    ],
+)
+def test_checked_before_anything_is_loaded(change, said):
+    with pytest.raises(UserError) as error:
+        check(SearchOptions(**change))
+    assert said in str(error.value)
+
+
+def test_the_space_suits_the_images():
+    assert [default_space("prunet", side) for side in (8, 64, 96, 224)] == ["prunet_small"] * 2 + ["fbnet", "prunet"]
+    assert [default_space("fbnet", side) for side in (32, 224)] == ["fbnet_small", "fbnet"]
+
+
+def test_a_run_says_everything_and_can_be_asked_again(tmp_path):
+    options = SearchOptions(
+        epochs=2, search_epochs=8, recipe={"ema": None}, method_options={"steps": {"momentum": 0.5}}
+    )
+    with prepare(options, tmp_path / "a", command=["netsmith", "search"]) as run:
+        problem = run.problem
+    assert problem["space"] == "prunet_small"
+    assert problem["space_options"] == {"classes": 10, "channels": 1, "resolution": 8}
+    assert problem["method_options"]["steps"] == {"warmup_epochs": 2, "momentum": 0.5, "epochs": 8}
+    assert (problem["recipe"]["epochs"], problem["recipe"]["ema"], problem["recipe"]["batch_size"]) == (2, None, 64)
+    Recipe(**problem["recipe"])
+
+    again = read_config(tmp_path / "a" / "problem.yaml")
+    with prepare(again, tmp_path / "b") as run:
+        assert run.problem == {key: value for key, value in problem.items() if key != "command"}
+    with prepare(options, tmp_path / "a", command=["netsmith", "search"]):  # the same question continues its run
+        pass
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"space_options": {"dept": 1}}, "unknown option of space 'prunet_small': 'dept'; did you mean 'depth'?"),
+        ({"space": "fbnet"}, "needs 64 px; given: 8 px"),
+        ({"recipe": {"epoch": 1}}, "recipe.epoch: unknown; did you mean epochs?"),
+        ({"method": "random", "search_epochs": 3}, "random trains nothing to search"),
+        ({"task": "folder:/no/such"}, "no such folder"),
+        ({"task": "cifar100", "data": Path("/no/such")}, "/no/such does not exist"),
+    ],
+)
+def test_a_wrong_question_leaves_no_folder(tmp_path, change, said):
+    with pytest.raises(UserError) as error:
+        prepare(SearchOptions(**change), tmp_path / "run")
+    assert said in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert next_folder(SearchOptions()) == Path("runs/digits-prunet-1")
+    Run.create("runs/digits-prunet-1", {}).close()
+    assert next_folder(SearchOptions()) == Path("runs/digits-prunet-2")
+    assert next_folder(SearchOptions(task="folder:/data/cats", method="fbnet")) == Path("runs/cats-fbnet-1")
