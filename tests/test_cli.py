@@ -15,7 +15,10 @@ import netsmith.profiling
 from netsmith.cli import VERBS, main
 from netsmith.cost.latency import calibrate
 from netsmith.errors import UserError
+from netsmith.listing import method_table
 from netsmith.methods import METHODS
+from netsmith.options import read_config
+from netsmith.prepare import check
 from netsmith.run import Run
 
 HEAVY = ["torch", "torchvision", "timm", "scipy", "optuna"]
@@ -349,3 +352,28 @@ def test_a_budget_that_cannot_be_kept(real_run, capsys):
     assert nearest, last
     assert main(["search", *asked[:2], "--budget", "latency<=0.01x", "--out", "relative"]) == 2
     assert re.search(r"nearest that can be kept: latency<=0\.\d+x$", capsys.readouterr().err.splitlines()[-1])
+
+
+# The README -----------------------------------------------------------------------------------------------------------
+
+README = Path(__file__).parents[1] / "README.md"
+
+
+def test_the_readme_lists_the_methods():
+    assert method_table() in README.read_text(), f"paste this into README.md:\n{method_table()}"
+
+
+def test_the_readme_names_what_exists():
+    text = README.read_text()
+    for line in re.findall(r"^    (netsmith .*?)(?: +#.*)?$", text, re.M):
+        verb = line.split()[1]
+        assert verb in VERBS, line
+    for link in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (README.parent / link).exists(), link
+    for block in re.findall(r"```yaml\n(.*?)```", text, re.S):
+        Path("asked.yaml").write_text(block)
+        check(read_config(Path("asked.yaml")))
+    for block in re.findall(r"```python\n(.*?)```", text, re.S):
+        compile(block, "README.md", "exec")
+        for imported in re.findall(r"^(?:from|import) .*$", block, re.M):
+            exec(imported)

@@ -40,3 +40,12 @@ def _docstring(name: str, module: str, member: str) -> str | None:
 
 def _first_line(docstring: str | None) -> str:
     return " ".join((docstring or "").split("\n\n")[0].split())
+
+
+def method_table() -> str:
+    """The table of methods in the README, as Markdown."""
+    lines = ["| method | idea | file |", "|---|---|---|"]
+    for name, text in listing("methods").items():
+        file = METHODS[name].split(":")[0].replace(".", "/") + ".py"
+        lines.append(f"| `{name}` | {text} | [{Path(file).name}](src/{file}) |")
+    return "\n".join(lines)

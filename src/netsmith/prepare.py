@@ -26,7 +26,7 @@ PRUNET_LEAST = 128
 """Pixels from which the space `prunet` works; between the two, fbnet's does for every method."""
 
 
-def prepare(options: SearchOptions, folder: Path | None = None, *, command: Sequence[str] = ()) -> Run:
+def prepare(options: SearchOptions, folder: str | Path | None = None, *, command: Sequence[str] = ()) -> Run:
     """A new run that asks what ``options`` ask, in ``folder`` (default: `options.out`, or the next free one in runs/).
 
     ``command``: what was typed, for the record.
