@@ -103,18 +103,25 @@ def learn(
     searcher = make()
     checkpoint = run.checkpoint(f"{name}.pt")
     loop = _Loop(problem, searcher, steps)
-    if checkpoint.exists():
-        run.rewind(loop.load(load_state(checkpoint)))
-    elif after is not None:
-        # Only weights were trained, and the number of open choices may be another one here.
-        loop.load({**load_state(after), "architecture": None})
-    while loop.epoch < last:
-        entry, edits = loop.train_epoch(run.seed(name))
-        for edit in edits:
-            run.event("removed", search=name, epoch=loop.epoch, **edit)
-        run.event("search_epoch", search=name, epoch=loop.epoch, **entry, **searcher.describe())
-        run.progress(f"supernet ({name})", loop.epoch, last, "")
-        save_state(checkpoint, loop.state(run.mark()))
+
+    def train() -> int:
+        if checkpoint.exists():
+            run.rewind(loop.load(load_state(checkpoint)))
+        elif after is not None:
+            # Only weights were trained, and the number of open choices may be another one here.
+            loop.load({**load_state(after), "architecture": None})
+        while loop.epoch < last:
+            entry, edits = loop.train_epoch(run.seed(name))
+            for edit in edits:
+                run.event("removed", search=name, epoch=loop.epoch, **edit)
+            run.event("search_epoch", search=name, epoch=loop.epoch, **entry, **searcher.describe())
+            run.progress(f"supernet ({name})", loop.epoch, last, "")
+            save_state(checkpoint, loop.state(run.mark()))
+        return loop.epoch
+
+    # A stage, because going back to a finished checkpoint must not forget the events of what came after it.
+    if run.once(f"supernet-{name}", train) > loop.epoch:
+        loop.load(load_state(checkpoint))
     return searcher
 
 
