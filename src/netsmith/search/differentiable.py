@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from netsmith.decisions import Decision, Option, weights
+from netsmith.decisions import Decision, Option
 from netsmith.errors import UserError
 from netsmith.run import Run
 from netsmith.search.problem import Problem
@@ -183,8 +183,10 @@ class _Loop:
             searcher.draw(generator, learning=True)
             loss = F.cross_entropy(searcher.supernet(images), labels)
             self.architecture.zero_grad()
-            searcher.objective(loss).backward()
-            self.architecture.step()
+            objective = searcher.objective(loss)
+            if objective.requires_grad:  # otherwise everything is decided
+                objective.backward()
+                self.architecture.step()
             for parameter in frozen:
                 parameter.requires_grad_(True)
             total += self._finite(loss, count)
@@ -231,6 +233,11 @@ class _Loop:
             self.architecture.load_state_dict(state["architecture"])
         self.epoch = state["epoch"]
         return state["events"]
+
+
+def weights(supernet: nn.Module) -> list[nn.Parameter]:
+    """What weight steps train: all but the logits, those of decisions and those that a method's own modules hold."""
+    return [parameter for name, parameter in supernet.named_parameters() if name.rpartition(".")[2] != "logits"]
 
 
 def follow(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
