@@ -13,7 +13,7 @@ from netsmith.errors import UserError, unknown
 from netsmith.methods import METHODS, make_method, method_class
 from netsmith.options import SearchOptions, checked
 from netsmith.run import Run
-from netsmith.spaces import SPACES, open_space
+from netsmith.spaces import SPACES, open_space, space_defaults
 from netsmith.tasks import TASKS, open_task
 from netsmith.train.recipe import Recipe
 
@@ -66,7 +66,7 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     task = open_task(task_name, options.data)
     space = options.space or default_space(options.method, task.resolution)
     shape = {"classes": task.classes, "channels": task.channels, "resolution": task.resolution}
-    space_options = {**shape, **options.space_options}
+    space_options = {**shape, **_offered_widths(space, options), **options.space_options}
     with torch.device("meta"):  # wrong options should not leave a folder behind
         open_space(space, **space_options)
     problem = {
@@ -85,6 +85,16 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
         "recipe": asdict(recipe(options, task)),
     }
     return {**problem, "command": list(command)} if command else problem
+
+
+def _offered_widths(space: str, options: SearchOptions) -> dict[str, int]:
+    """The step between widths, where the space leaves it to the device: the device's own staircase, measured once."""
+    if space_defaults(space).get("step", 0) is not None or options.table or options.device.startswith("torch-cuda"):
+        return {}
+    from netsmith.cost.latency import width_step
+    from netsmith.cost.table import LatencyTable
+
+    return {"step": width_step(parse_device(options.device), LatencyTable())}
 
 
 def default_space(method: str, resolution: int) -> str:

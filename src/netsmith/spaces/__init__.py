@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -27,12 +28,20 @@ def open_space(name: str, **options: Any) -> nn.Module:
 
     >>> open_space("fbnet", classes=10, channels=1)
     """
-    if name not in SPACES:
-        raise unknown("space", name, SPACES)
-    module, function = SPACES[name].split(":")
-    build = getattr(import_module(module), function)
-    known = inspect.signature(build).parameters
+    known = space_defaults(name)
     for option in options:
         if option not in known:
             raise unknown(f"option of space {name!r}:", option, known)
-    return build(**options)
+    return _function(name)(**options)
+
+
+def space_defaults(name: str) -> dict[str, Any]:
+    """The options of a space and their defaults. Raises: UserError for an unknown space."""
+    return {option: parameter.default for option, parameter in inspect.signature(_function(name)).parameters.items()}
+
+
+def _function(name: str) -> Callable[..., nn.Module]:
+    if name not in SPACES:
+        raise unknown("space", name, SPACES)
+    module, function = SPACES[name].split(":")
+    return getattr(import_module(module), function)

@@ -26,15 +26,17 @@ def prunet_small(
     channels: int = 3,
     resolution: int = 32,
     *,
-    step: int = 16,
+    step: int | None = None,
     expansion: int = 6,
     depth: int | None = None,
 ) -> nn.Module:
     """PruNet's kind of layer on small images: four blocks, each with an open hidden width.
 
-    Args: ``step`` channels between offered widths (the device's staircase); ``expansion`` the largest hidden width over
-    the input width; ``depth`` the most layers a stage may have (4, or 3 up to 12 px).
+    Args: ``step`` channels between offered widths (none: the device's staircase, 16 where no device is at hand);
+    ``expansion`` the largest hidden width over the input width; ``depth`` the most layers a stage may have (4, or 3 up
+    to 12 px).
     """
+    step = step or 16
 
     def candidates(inputs: int, outputs: int, stride: int) -> dict[str, nn.Module]:
         def hidden() -> Width:
