@@ -373,11 +373,10 @@ class Pruning:
         """Tier 2: lowest first, never the last, each removal followed by new probabilities."""
         events = []
         for path, layer in self.layers().items():
-            while True:
-                blocks = [i for i, option in enumerate(layer.options) if option != SKIP]
+            while len(blocks := [i for i, option in enumerate(layer.options) if option != SKIP]) > 1:
                 p = layer.logits.detach()[blocks].softmax(0)
                 weakest = int(p.argmin())
-                if len(blocks) == 1 or p[weakest] >= threshold:
+                if p[weakest] >= threshold:
                     break
                 option = layer.options[blocks[weakest]]
                 remove_option(layer, option, optimizer)
