@@ -13,21 +13,17 @@ import argparse
 import contextlib
 import json
 import math
-import os
-import platform
 import random
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
-from pathlib import Path
+
+from machine import machine, save
 
 from netsmith.search.allocate import Limit, Options, allocate, diverse, extreme
 
 SIZES = [(22, 9), (50, 30), (100, 197)]
 SECONDS = 20.0  # for each solver and instance; beyond it counts as unproven
-RESULT = Path(__file__).parent / "results" / "allocate.json"
 
 
 @dataclass(frozen=True)
@@ -147,39 +143,12 @@ def measure_diverse(rounds: int) -> dict:
     return case
 
 
-def machine() -> dict:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULT.parent
-    ).stdout.strip()
-    packages = {}
-    for package in ("scipy", "numpy", "pulp"):
-        with contextlib.suppress(Exception):
-            packages[package] = version(package)
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "load_1min": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "packages": packages,
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="instances of each kind")
     rounds = parser.parse_args().rounds
-    RESULT.parent.mkdir(exist_ok=True)
-    result = {
-        "machine": machine(),
-        "time_limit_s": SECONDS,
-        "cases": measure(rounds),
-        "diverse": measure_diverse(rounds),
-    }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    started = machine("pulp")
+    save("allocate", started, time_limit_s=SECONDS, cases=measure(rounds), diverse=measure_diverse(rounds))
 
 
 if __name__ == "__main__":
