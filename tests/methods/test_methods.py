@@ -1,0 +1,261 @@
+"""What every method promises: legal networks within every budget, repeatable, resumable, blind to the test split."""
+
+import copy
+import multiprocessing
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import planted
+import pytest
+import torch
+from planted import BRIEF, Outcome, macro, new_run, one_works, problem_of, search, search_one_budget, stripes
+
+from netsmith import run as run_module
+from netsmith.architecture import check, dumps, enumerate_architectures
+from netsmith.cost.prices import Prices
+from netsmith.decisions import decisions
+from netsmith.methods import METHODS
+from netsmith.run import Run, read_events
+from netsmith.search import differentiable
+from netsmith.tasks.classification import TestSplitTouched
+from netsmith.train.loop import evaluate, train
+
+EVERY = pytest.mark.parametrize("method", METHODS)
+TRAINING = pytest.mark.parametrize("method", [name for name in METHODS if name not in ("random", "capacity")])
+"""Methods that look at the data while they search."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The outcome of a method's search for a front of two, made once."""
+    found: dict[str, Outcome] = {}
+
+    def outcome(method: str) -> Outcome:
+        if method not in found:
+            found[method] = search(method, tmp_path_factory.mktemp(method) / "run")
+        return found[method]
+
+    return outcome
+
+
+@EVERY
+def test_legal_networks_within_every_budget(method, undisturbed):
+    problem, outcome = problem_of(), undisturbed(method)
+    assert len(outcome.architectures) == len(problem.budgets) == 2
+    for architecture, (budget,) in zip(outcome.architectures, problem.budgets, strict=True):
+        check(macro(), architecture)
+        assert problem.latency.of(architecture) <= budget.limit
+        assert problem.network(architecture)(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+    for values in outcome.values:
+        assert {path: set(row) for path, row in values.items()} == {
+            path: set(row) for path, row in problem.latency.options.items()
+        }
+
+
+@EVERY
+def test_same_seed_same_result_whatever_the_global_generator(method, undisturbed, tmp_path):
+    torch.manual_seed(12345)
+    assert search(method, tmp_path / "again").same(undisturbed(method))
+
+
+@EVERY
+def test_another_seed_is_another_valid_search(method, undisturbed, tmp_path):
+    problem = problem_of(task=stripes(64))
+    other = search(method, tmp_path / "other", seed=1, problem=problem)
+    for architecture, (budget,) in zip(other.architectures, problem.budgets, strict=True):
+        check(macro(), architecture)
+        assert problem.latency.of(architecture) <= budget.limit
+    if method != "capacity":  # which knows nothing random
+        assert other.values != undisturbed(method).values
+
+
+@EVERY
+def test_what_comes_in_stays_as_it_was(method, tmp_path):
+    problem = problem_of(shares=(0.5,), task=stripes(64))
+    latency, budgets = copy.deepcopy(problem.latency), copy.deepcopy(problem.budgets)
+    splits = {name: (split.source.clone(), split.labels.clone()) for name, split in problem.task.splits.items()}
+    weights = problem.build().state_dict()
+    search(method, tmp_path / "run", problem=problem)
+    assert problem.latency == latency
+    assert problem.budgets == budgets
+    for name, (source, labels) in splits.items():
+        assert torch.equal(problem.task.splits[name].source, source)
+        assert torch.equal(problem.task.splits[name].labels, labels)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in problem.build().state_dict().items())
+    with torch.device("meta"):
+        options = {path: decision.options for path, decision in decisions(macro()).items()}
+    assert {path: decision.options for path, decision in decisions(problem.shapes).items()} == options
+
+
+# The test split ---------------------------------------------------------------------------------------------------
+
+
+def stays_blind(method, problem, run) -> None:
+    method.search(problem, run)
+    assert "test" not in problem.task.touched
+
+
+@EVERY
+def test_the_test_split_is_never_touched(method, tmp_path):
+    problem = problem_of(shares=(0.5,), task=stripes(64))
+    search(method, tmp_path / "run", problem=problem)
+    assert "test" not in problem.task.touched
+    assert bool(problem.task.touched) == (method not in ("random", "capacity"))
+
+
+class Peeking:
+    """Scores on the test split."""
+
+    def search(self, problem, run):
+        return next(problem.task.batches("test", 8, train=False))
+
+
+class Sneaking:
+    """Breaks the seal first."""
+
+    def search(self, problem, run):
+        return replace(problem.task, sealed=False).split("test")
+
+
+@pytest.mark.parametrize(("fake", "error"), [(Peeking, TestSplitTouched), (Sneaking, AssertionError)])
+def test_a_method_that_asks_for_the_test_split_fails(fake, error, tmp_path):
+    with new_run(tmp_path / "run") as run, pytest.raises(error, match="test"):
+        stays_blind(fake(), problem_of(), run)
+
+
+# Interruptions ----------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+@contextmanager
+def dying_at(point: int | None) -> Iterator[list[str]]:
+    """Die before the given write to the run's folder, counted from 1; the list fills with the writes."""
+    writes: list[str] = []
+
+    def before(original, kind):
+        def wrapped(*args, **kwargs):
+            writes.append(kind)
+            if len(writes) == point:
+                raise Killed
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "event", before(Run.event, "event"))
+        patch.setattr(run_module, "_write_json", before(run_module._write_json, "stage"))
+        patch.setattr(differentiable, "save_state", before(differentiable.save_state, "checkpoint"))
+        yield writes
+
+
+@TRAINING
+def test_killed_and_resumed_equals_undisturbed(method, tmp_path):
+    with dying_at(None) as writes:
+        whole = search_one_budget(method, tmp_path / "whole")
+    count, checkpoints = len(writes), [i for i, kind in enumerate(writes, start=1) if kind == "checkpoint"]
+    assert count > 5
+    # Among others right before a checkpoint, when its epoch's events are already written.
+    points = {1, count // 2, count, *checkpoints[1::2][:2]}
+    for point in sorted(points):
+        with dying_at(point), pytest.raises(Killed):
+            search_one_budget(method, tmp_path / str(point))
+        assert search_one_budget(method, tmp_path / str(point)).same(whole), f"after a kill at write {point} of {count}"
+
+
+def test_the_search_that_is_killed_prunes_in_every_tier(tmp_path):
+    search_one_budget("prunet", tmp_path / "run")
+    events = read_events(tmp_path / "run")
+    assert {event["tier"] for event in events if event["kind"] == "removed"} == {2, 3}
+    widths = [event["widths"] for event in events if event["kind"] == "search_epoch"]
+    assert widths[0] != widths[-1]
+
+
+def test_a_finished_search_is_not_repeated(undisturbed, tmp_path):
+    whole = search_one_budget("prunet", tmp_path / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(differentiable._Loop, "train_epoch", None)
+        assert search_one_budget("prunet", tmp_path / "run").same(whole)
+
+
+def kill_at_random_moments(method: str, folder: Path, moments: int, monkeypatch) -> None:
+    """kill -9 of a real process, at moments drawn over its whole length."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["planted"])  # loads torch once for all processes
+    monkeypatch.setenv("PYTHONPATH", str(Path(planted.__file__).parent))
+
+    def start(path) -> multiprocessing.process.BaseProcess:
+        process = context.Process(target=search_one_budget, args=(method, path))
+        process.start()
+        return process
+
+    start(folder / "first").join()
+    begin = time.monotonic()
+    start(folder / "whole").join()
+    length = time.monotonic() - begin
+    whole = search_one_budget(method, folder / "whole")
+    draw, killed = random.Random(0), 0
+    for number in range(moments):
+        path = folder / str(number)
+        process = start(path)
+        process.join(draw.uniform(0.05, 0.95) * length)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -9
+        assert search_one_budget(method, path).same(whole), f"kill {number}"
+    assert killed >= moments // 2  # the rest were faster than the first and had ended
+
+
+def test_kill_9_at_random_moments(tmp_path, monkeypatch):
+    kill_at_random_moments("prunet", tmp_path, 5, monkeypatch)
+
+
+@pytest.mark.slow
+@TRAINING
+def test_kill_9_at_twenty_random_moments(method, tmp_path, monkeypatch):
+    kill_at_random_moments(method, tmp_path, 20, monkeypatch)
+
+
+# What it is for ---------------------------------------------------------------------------------------------------
+
+WORKING = {"stage1_0": "works", "stage1_1": "works"}
+
+
+def planted_problem(good_kernel: int):
+    """One block works, one cannot learn; all four networks are within 2 % of the budget, the working one is the
+    cheapest or the dearest."""
+    works, misled = (1.01, 0.99) if good_kernel == 5 else (0.99, 1.01)
+    prices = Prices(0.1, {path: {"works": works, "misled": misled} for path in WORKING}, "ms")
+
+    def build():
+        return one_works(good_kernel)
+
+    return problem_of(build, shares=(1.0,), task=stripes(96), prices=prices)
+
+
+@TRAINING
+@pytest.mark.parametrize("good_kernel", [3, 5], ids=["cheap", "dear"])
+def test_finds_the_block_that_works(method, good_kernel, tmp_path):
+    steps = {"epochs": 8, "warmup_epochs": 2, "batch_size": 16, "architecture_rate": 0.05}
+    options = {"best_of": {"candidates": 12, "epochs": 4}}.get(method, {"steps": steps, "race_epochs": [4]})
+    found = search(method, tmp_path / "run", problem=planted_problem(good_kernel), **options)
+    assert found.architectures == [WORKING]
+
+
+def test_a_random_network_seldom_works():
+    # What the test above is worth: the network that works is far better than the mean of what random search returns.
+    problem = planted_problem(3)
+    accuracy = {}
+    for architecture in enumerate_architectures(one_works(3)):
+        network = problem.network(architecture)
+        train(network, problem.task, replace(BRIEF, epochs=8), split="train", seed=0)
+        accuracy[dumps(architecture)] = evaluate(network, problem.task, "search")
+    best = accuracy.pop(dumps(WORKING))
+    assert best > 0.9
+    assert max(accuracy.values()) < 0.6

@@ -1,0 +1,602 @@
+"""PruNet's three tiers, exactly: what the sheet lists under "How to verify", on supernets of a few channels."""
+
+import copy
+import math
+from collections import OrderedDict, defaultdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planted import BRISK, macro, new_run, priced, problem_of, search, stripes
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from netsmith import gates
+from netsmith.architecture import enumerate_architectures
+from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
+from netsmith.cost.prices import expected
+from netsmith.decisions import Draw, OneOf, Width, decisions
+from netsmith.methods.prunet import PruNet, Pruning, Prunode, loosest
+from netsmith.run import read_events
+from netsmith.search.differentiable import Steps, _Loop, learn, remove_option, weights
+
+COPIES = pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
+
+
+def image(channels: int = 8, count: int = 2) -> torch.Tensor:
+    return torch.randn(count, channels, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def scattered(module: nn.Module) -> nn.Module:
+    """Double precision, batch norms as after some training."""
+    module.double()
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d) and part.running_mean is not None:
+            for tensor in (part.weight.data, part.bias.data, part.running_mean):
+                tensor.uniform_(0.5, 1.5)
+            part.running_var.uniform_(0.5, 2)
+    return module
+
+
+def prunode(widths=(4, 8, 16, 24), *, separate: bool = False, block=MBConv, outputs: int = 8, **options) -> Prunode:
+    node = scattered(Prunode(block(8, outputs, hidden=Width(widths), **options), separate=separate))
+    if separate:
+        node.second = copy.deepcopy(node.block)
+    return node
+
+
+def drawn(node: Prunode) -> Prunode:
+    node.hidden.drawn = node.open()
+    return node
+
+
+def lean(node: Prunode, winner: int, by: float = 60.0) -> None:
+    with torch.no_grad():
+        node.logits.copy_(torch.tensor([by, -by]) if winner == 0 else torch.tensor([-by, by]))
+
+
+# Tier 1: the bi-path block -----------------------------------------------------------------------------------------
+
+
+def macs_and_saved_bytes(node: Prunode) -> tuple[int, int]:
+    saved: dict[int, int] = {}
+
+    def note(tensor):
+        saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    x = image(count=1).requires_grad_()
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = drawn(node)(x)
+    assert out.requires_grad
+    return counter.get_total_flops() // 2, sum(saved.values())
+
+
+@COPIES
+@pytest.mark.parametrize("block", [MBConv, FusedMBConv])
+def test_memory_and_macs_do_not_depend_on_the_number_of_widths(separate, block):
+    few = prunode((1, 22, 43, 64), separate=separate, block=block)
+    many = prunode(range(1, 65), separate=separate, block=block)
+    assert macs_and_saved_bytes(few) == macs_and_saved_bytes(many)
+    sizes = [sum(p.numel() for name, p in n.named_parameters() if name != "hidden.logits") for n in (few, many)]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("block", [MBConv, FusedMBConv])
+def test_the_cost_is_that_of_two_candidates_and_of_one_when_weights_are_shared(block):
+    def macs(width: int) -> int:
+        with FlopCounterMode(display=False) as counter:
+            block(8, 8, hidden=width).double()(image(count=1))
+        return counter.get_total_flops() // 2
+
+    separate, shared = prunode(separate=True, block=block), prunode(block=block)
+    assert macs_and_saved_bytes(separate)[0] == macs(4) + macs(24)
+    assert macs_and_saved_bytes(shared)[0] == macs(24) + 2 * 24  # and making the mask
+
+
+@pytest.mark.parametrize("block", [MBConv, FusedMBConv])
+@pytest.mark.parametrize("outputs", [8, 12], ids=["residual", "plain"])
+def test_separate_and_shared_copies_agree_when_their_weights_do(block, outputs):
+    # The mixture stands before the last batch norm when shared and behind it when separate. In eval mode batch norm is
+    # affine and the weights sum to one, so the order does not matter. In train mode each copy is normalised by the
+    # statistics of its own width, and squeeze-excite sees the mixture, not the widths: there they differ.
+    def pair(**options):
+        shared = prunode(block=block, outputs=outputs, **options)
+        separate = copy.deepcopy(shared)
+        separate.second = copy.deepcopy(separate.block)  # equal weights
+        for node in (shared, separate):
+            node.logits.data = torch.tensor([0.3, -0.4], dtype=torch.float64)
+        return drawn(shared), drawn(separate)
+
+    shared, separate = pair()
+    x = image()
+    assert (shared.eval()(x) - separate.eval()(x)).abs().max() < 1e-10
+    assert (shared.train()(x) - separate.train()(x)).abs().max() > 1e-3
+    squeezed, apart = pair(squeeze=4)
+    assert (squeezed.eval()(x) - apart.eval()(x)).abs().max() > 1e-6
+
+
+@COPIES
+@pytest.mark.parametrize("winner", [0, 1])
+def test_closing_on_a_certain_winner_leaves_the_output_unchanged(separate, winner):
+    node = prunode(separate=separate, squeeze=4).eval()
+    lean(node, winner)
+    before = drawn(node)(image())
+    node.close()
+    assert node.closed
+    assert node.second is None
+    assert (drawn(node)(image()) - before).abs().max() < 1e-12
+
+
+@COPIES
+@pytest.mark.parametrize("winner", [0, 1])
+def test_collapse_leaves_the_output_unchanged_when_the_copies_are_equal(separate, winner):
+    node = prunode(separate=separate, squeeze=4).eval()
+    block = copy.deepcopy(node.block)
+    node.low, node.high = 1, 2
+    lean(node, winner)
+    assert node.move(0.6, momentum=True)
+    assert node.closed
+    assert node.second is None
+    width = node.hidden.options[1 + winner]
+    y = block.body_at(image(), width)
+    two = image() + 0.3 * y + 0.7 * y  # a == b, both paths still there
+    assert (drawn(node)(image()) - two).abs().max() < 1e-12
+
+
+def test_the_winners_copy_stays_when_a_pair_closes():
+    for winner in (0, 1):
+        node = prunode(separate=True)
+        node.low, node.high = 1, 2
+        copies = [node.block, node.second]
+        lean(node, winner)
+        node.move(0.6, momentum=True)
+        assert node.block is copies[winner]
+
+
+def test_a_single_path_runs_in_its_own_copy():
+    node = prunode(separate=True, outputs=12).eval()
+    for i, copied in ((0, node.block), (3, node.second)):
+        node.hidden.drawn = Draw([i], torch.ones(1))
+        assert torch.equal(node(image()), copied.body_at(image(), node.hidden.options[i]))
+    scattered(node.second)
+    node.hidden.drawn = Draw([3], torch.ones(1))
+    assert not torch.allclose(node(image()), node.block.body_at(image(), 24))
+
+
+@pytest.mark.parametrize("options", [{"squeeze": 4}, {"block": FusedMBConv}, {"outputs": 24}, {"kernel": 5}])
+def test_channels_gained_on_growth_are_the_winners(options):
+    node = prunode((4, 8, 16, 24), separate=True, **options)
+    with torch.no_grad():
+        for parameter in node.second.parameters():
+            parameter.add_(torch.randn(parameter.shape))
+        for buffer in node.second.buffers():
+            buffer.add_(3)
+    before = copy.deepcopy(node.block)
+    lean(node, 1)
+    node.move(0.6, momentum=True)
+    assert (node.low, node.high) == (1, 3)
+    hidden = slice(4, 8)
+    assert_grown(node.block, before, node.second, hidden)
+
+
+def assert_grown(block, before, wide, hidden: slice) -> None:
+    """Hidden channels in the slice are the wide copy's, all others what they were."""
+    grown = 0
+    for name, tensor in block.state_dict().items():
+        was, source, expectation = before.state_dict()[name], wide.state_dict()[name], None
+        if name.startswith("project.conv") or name == "squeeze.reduce.weight":
+            expectation = was.clone()
+            expectation[:, hidden] = source[:, hidden]
+        elif tensor.dim() and not name.startswith(("project", "squeeze.reduce")):
+            expectation = was.clone()
+            expectation[hidden] = source[hidden]
+        grown += expectation is not None
+        assert torch.equal(tensor, was if expectation is None else expectation), name
+    assert grown >= 6
+
+
+def test_a_move_resets_what_was_learned_about_the_old_pair():
+    node = prunode()
+    optimizer = torch.optim.Adam([node.logits])
+    drawn(node)(image()).sum().backward()
+    optimizer.step()
+    assert optimizer.state[node.logits]
+    lean(node, 0)
+    assert node.move(0.6, momentum=True, optimizer=optimizer)
+    assert node.logits.tolist() == [0.0, 0.0]
+    assert node.logits not in optimizer.state
+    assert not node.move(0.6, momentum=True)  # nothing is known about the new pair
+
+
+def bracket(peak: int, momentum: bool, seed: int) -> tuple[int, int]:
+    """The sheet's toy: 24 widths, a quadratic utility, noisy gradients, Adam at 0.05, a check every 10 steps."""
+    node = Prunode(MBConv(2, 2, hidden=Width(range(1, 25))), separate=False)
+    optimizer = torch.optim.Adam([node.logits], lr=0.05)
+    generator = torch.Generator().manual_seed(seed)
+    moves = 0
+    for step in range(1, 2001):
+        pair = torch.tensor([node.low, node.high]) + 1.0
+        utility = -(((pair - peak) / 24) ** 2) + 0.002 * torch.randn(2, generator=generator)
+        loss = -(node.logits.softmax(0) * utility).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 0:
+            moves += node.move(0.6, momentum=momentum, optimizer=optimizer)
+        if node.closed:
+            break
+    node.close()
+    return node.hidden.options[node.low], moves
+
+
+@pytest.mark.parametrize("momentum", [True, False], ids=["momentum", "steady"])
+@pytest.mark.parametrize("peak", [1, 5, 12, 20, 24])
+def test_the_bracketing_search_finds_the_best_width_within_one_step(peak, momentum):
+    for seed in range(3):
+        found, moves = bracket(peak, momentum, seed)
+        assert abs(found - peak) <= 1
+        assert moves <= 23
+
+
+def play(utility: list[float], momentum: bool) -> list[tuple[int, int]]:
+    node = Prunode(MBConv(2, 2, hidden=Width(range(1, len(utility) + 1))), separate=False)
+    pairs = [(node.low, node.high)]
+    while not node.closed:
+        lean(node, 0 if utility[node.low] >= utility[node.high] else 1)
+        assert node.move(0.6, momentum=momentum)
+        pairs.append((node.low, node.high))
+    return pairs
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 40).flatmap(lambda n: st.tuples(st.just(n), st.floats(-1, n + 1))), st.booleans())
+def test_the_best_width_stays_between_the_two_on_a_symmetric_curve(curve, momentum):
+    count, peak = curve
+    utility = [-abs(n - peak) for n in range(count)]
+    best = max(range(count), key=utility.__getitem__)
+    for low, high in play(utility, momentum):
+        assert any(utility[n] == utility[best] for n in range(low, high + 1))
+    assert low == high
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=20), st.lists(st.integers(1, 50), max_size=20))
+def test_the_best_width_stays_between_the_two_on_any_unimodal_curve_without_momentum(rises, falls):
+    utility = [0.0]
+    for change in [*rises, *(-f for f in falls)]:
+        utility.append(utility[-1] + change)
+    if len(utility) < 2:
+        return
+    best = utility.index(max(utility))
+    assert all(low <= best <= high for low, high in play(utility, momentum=False))
+
+
+def test_momentum_can_overtake_the_peak_of_a_lopsided_curve():
+    # The sheet says that the best width always stays between the two. With doubled moves that holds for symmetric
+    # curves only: here the wide end is better than the narrow end all along, and the peak is at the third width.
+    utility = [0.0, 1.0, 100.0, *(50.0 - i for i in range(20))]
+    assert any(low > 2 for low, _ in play(utility, momentum=True))
+    assert all(low <= 2 <= high for low, high in play(utility, momentum=False))
+
+
+# A supernet with Prunodes ------------------------------------------------------------------------------------------
+
+
+def pruning(share: float = 0.4, build=macro, **options) -> Pruning:
+    problem = problem_of(build, shares=(share,))
+    chosen = {"body": "slim"} if build is macro else {}
+    return Pruning(PruNet(headroom=0.0, **options), problem, problem.budgets[0], chosen)
+
+
+def adam(searcher: Pruning) -> torch.optim.Adam:
+    optimizer = torch.optim.Adam(searcher.parameters(), lr=0.1)
+    sum(parameter.sum() for parameter in searcher.parameters()).backward()
+    optimizer.step()
+    return optimizer
+
+
+def lopsided(searcher: Pruning, seed: int = 0) -> Pruning:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in searcher.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return searcher
+
+
+def test_the_two_widths_learn_from_architecture_steps_alone():
+    searcher = pruning()
+    own = {id(parameter) for parameter in weights(searcher.supernet)}
+    assert not any(id(parameter) in own for parameter in searcher.parameters())
+    assert len(own) + len(decisions(searcher.supernet)) + len(searcher.prunodes) == len(
+        list(searcher.supernet.parameters())
+    )
+    loop = _Loop(searcher.problem, searcher, Steps(epochs=1, warmup_epochs=0, batch_size=16))
+    generator = torch.Generator().manual_seed(0)
+    searcher.method = PruNet(check_every=10**6)
+    loop._learn_architecture(generator, 0)
+    assert all(node.logits.abs().sum() > 0 for node in searcher.prunodes.values())
+
+
+def test_probabilities_sum_to_one_after_every_removal(monkeypatch):
+    searcher = lopsided(pruning())
+    optimizer = adam(searcher)
+    removed = []
+
+    def checked(decision, option, optimizer):
+        remove_option(decision, option, optimizer)
+        removed.append(option)
+        searcher._mix(gates.softmax, torch.Generator())
+        for layer in searcher.layers().values():
+            assert layer.draw().weights.sum().item() == pytest.approx(1, abs=1e-6)
+        assert searcher.supernet(torch.zeros(2, 1, 8, 8)).isfinite().all()
+
+    monkeypatch.setattr("netsmith.methods.prunet.remove_option", checked)
+    for progress in (0.25, 0.5, 0.75, 1.0):
+        searcher.sweep(progress, optimizer)
+    assert len(removed) >= 8
+
+
+def test_the_threshold_starts_at_nothing_and_ends_where_it_should(monkeypatch):
+    searcher = pruning(layer_pruning=False)
+    for layer in searcher.layers().values():
+        layer.logits.data[:3] = torch.tensor([0.0, -20.0, -30.0])
+    optimizer = adam(searcher)
+    assert searcher.sweep(0.0, optimizer) == []
+    thresholds = []
+    monkeypatch.setattr(searcher, "_prune_blocks", lambda threshold, _: thresholds.append(threshold) or [])
+    for progress in (0.0, 0.5, 1.0):
+        searcher.sweep(progress, optimizer)
+    assert thresholds == [0.0, 0.25, 0.5]
+
+
+def test_nothing_dies_at_the_start_of_a_search():
+    searcher = pruning()
+    steps = 3 * 4  # the least that a search has: the first threshold is 1/12 of its end
+    assert searcher._prune_blocks(0.5 / steps, adam(searcher)) == []
+
+
+def test_the_last_block_is_never_removed():
+    searcher = lopsided(pruning())
+    events = searcher._prune_blocks(1.1, adam(searcher))
+    for layer in searcher.layers().values():
+        assert len([option for option in layer.options if option != "skip"]) == 1
+    left = defaultdict(list)
+    for event in events:
+        left[event["path"]].append(event["probability"])
+    assert all(len(row) == 2 for row in left.values())
+
+
+def test_the_lowest_goes_first_and_the_others_are_weighed_anew():
+    searcher = pruning(layer_pruning=False)
+    layer = searcher.layers()["body.slim.stage1_0"]
+    with torch.no_grad():
+        layer.logits[:3] = torch.tensor([0.48, 0.32, 0.2]).log()
+    events = searcher._prune_blocks(0.35, torch.optim.Adam(searcher.parameters()))
+    mine = [event for event in events if event["path"] == "body.slim.stage1_0"]
+    # 0.32 lies below 0.35, but not its share of what is left, 0.4.
+    assert [(event["option"], round(event["probability"], 4)) for event in mine] == [("fused", 0.2)]
+
+
+# Tier 3 -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_depth_gate_is_a_skip_candidate_of_the_rest_of_the_probability():
+    searcher = lopsided(pruning())
+    scattered(searcher.supernet)
+    optimizer = adam(searcher)
+    searcher.depth = {}
+    searcher._prune_layers(0.5, optimizer)
+    path = "body.slim.stage1_1"
+    with torch.no_grad():
+        searcher.depth[path].fill_(-0.3)
+    searcher.supernet.eval()
+    searcher._mix(gates.softmax, torch.Generator())
+    layer, x = searcher.layers()[path], image(8)
+    s = torch.tensor(-0.3, dtype=torch.float64).sigmoid()
+    blocks = [option for option in layer.options if option != "skip"]
+    p = layer.logits.detach()[[layer.index(option) for option in blocks]].softmax(0)
+    bodies = [layer.candidate(option)(x) - x for option in blocks]
+    residual = x + s * sum(q * body for q, body in zip(p, bodies, strict=True))
+    drawn_weights = dict(zip((layer.options[i] for i in layer.drawn.indices), layer.drawn.weights, strict=True))
+    assert drawn_weights["skip"].item() == pytest.approx(1 - s.item(), abs=1e-6)
+    layer.drawn = Draw(layer.drawn.indices, torch.cat([s * p, (1 - s)[None]]))
+    assert (layer(x) - residual).abs().max() < 1e-10
+
+
+def test_skip_is_absent_before_its_time():
+    searcher = lopsided(pruning())
+    optimizer = adam(searcher)
+    ran = []
+    for layer in searcher.layers().values():
+        if "skip" in layer.options:
+            layer.candidate("skip").register_forward_hook(lambda *_: ran.append(1))
+    for progress in (0.1, 0.49):
+        searcher.sweep(progress, optimizer)
+        searcher._mix(gates.softmax, torch.Generator())
+        searcher.supernet(torch.zeros(2, 1, 8, 8))
+        assert not searcher.depth
+    assert not ran
+    searcher.sweep(0.5, optimizer)
+    searcher._mix(gates.softmax, torch.Generator())
+    searcher.supernet(torch.zeros(2, 1, 8, 8))
+    assert set(searcher.depth) == {"body.slim.stage1_0", "body.slim.stage1_1", "body.slim.stage2_1"}
+    assert len(ran) == 3
+    assert all(d.sigmoid().item() == pytest.approx(0.7) for d in searcher.depth.values())
+
+
+def dotted() -> nn.Module:
+    """Layers numbered as in the large spaces: stage1.0."""
+
+    def layer(inputs: int, outputs: int) -> OneOf:
+        options: dict[str, nn.Module] = {"ir": MBConv(inputs, outputs, hidden=Width((4, 8, 16)))}
+        return OneOf(options | ({"skip": nn.Identity()} if inputs == outputs else {}))
+
+    stages = [nn.Sequential(layer(8, 12), layer(12, 12), layer(12, 12)), nn.Sequential(layer(12, 12), layer(12, 12))]
+    parts = OrderedDict(stem=ConvBn(1, 8, 3), stage1=stages[0], stage2=stages[1], head=Head(12, 16, 3))
+    return nn.Sequential(parts)
+
+
+@pytest.mark.parametrize(("build", "stages"), [(macro, 2), (dotted, 2)], ids=["stage1_0", "stage1.0"])
+def test_at_most_one_layer_of_a_stage_goes_in_a_sweep_and_never_one_that_changes_the_shape(build, stages):
+    searcher = pruning(1e-3, build, block_pruning=False)
+    optimizer = adam(searcher)
+    searcher.sweep(0.5, optimizer)
+    count = len(searcher.depth)
+    changing = [path for path, layer in searcher.layers().items() if "skip" not in layer.options]
+    assert changing
+    gone = []
+    for _ in range(count + 1):
+        for d in searcher.depth.values():
+            d.data.fill_(-9.0)
+        gone.append([event["path"] for event in searcher.sweep(0.9, optimizer)])
+    assert [len(row) for row in gone][0] == stages
+    assert all(len({path[:-2] for path in row}) == len(row) for row in gone)
+    assert sum(map(len, gone)) == count
+    for path, layer in searcher.layers().items():
+        assert layer.options == (["ir", "ir5", "fused"][: len(layer.options)] if path in changing else ["skip"])
+    assert searcher.supernet(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+
+
+def test_nothing_is_removed_once_the_expected_cost_has_reached_the_target():
+    searcher = pruning(5.0, block_pruning=False)
+    optimizer = adam(searcher)
+    searcher.sweep(0.5, optimizer)
+    for d in searcher.depth.values():
+        d.data.fill_(-9.0)
+    assert searcher.excess() < 0
+    assert searcher.sweep(0.75, optimizer) == []
+    assert not searcher.kept
+    assert searcher.sweep(1.0, optimizer) == []
+    assert searcher.kept == set(searcher.depth)
+
+
+def test_a_clear_layer_is_kept_for_good():
+    searcher = pruning(block_pruning=False)
+    optimizer = adam(searcher)
+    searcher.sweep(0.5, optimizer)
+    searcher.depth["body.slim.stage1_1"].data.fill_(math.log(9.5))  # s = 0.905, above 0.5 + 0.4 at the start only
+    searcher.sweep(0.5, optimizer)
+    assert searcher.kept == {"body.slim.stage1_1"}
+    assert all(parameter is not searcher.depth["body.slim.stage1_1"] for parameter in searcher.parameters())
+
+
+# The search as a whole ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_expected_latency_is_the_mean_over_all_networks(gated):
+    searcher = lopsided(pruning(build=dotted))
+    if gated:
+        searcher._prune_layers(0.5, adam(searcher))
+        for i, d in enumerate(searcher.depth.values()):
+            d.data = torch.tensor(0.3 * i)
+    searcher._mix(gates.softmax, torch.Generator())
+    found, prices = decisions(searcher.supernet), searcher.problem.prices["latency"]
+    weight = {path: {d.options[i]: w.item() for i, w in zip(*d.draw(), strict=True)} for path, d in found.items()}
+    total = mean = 0.0
+    for architecture in enumerate_architectures(dotted()):
+        probability = math.prod(weight[path].get(option, 0.0) for path, option in architecture.items())
+        total += probability
+        mean += probability * prices.of(architecture)
+    assert total == pytest.approx(1, abs=1e-6)
+    assert expected(searcher.supernet, prices, drawn=True).item() == pytest.approx(
+        mean, rel=1e-6
+    )  # logits in single precision
+    assert searcher.excess() == pytest.approx(mean / searcher.targets["latency"] - 1, rel=1e-6)
+
+
+def brisk(searcher_options: dict, tmp_path, share: float = 0.3):
+    problem = problem_of(shares=(share,), task=stripes(64))
+    method = PruNet(**{"headroom": 0.0, "check_every": 1, "layers_from": 0.3, "layer_margin": 0.1, **searcher_options})
+    steps = Steps(**{**BRISK, "epochs": 6})
+    with new_run(tmp_path / "run") as run:
+        searcher = learn(
+            problem, run, "x", lambda: Pruning(method, problem, problem.budgets[0], {"body": "slim"}), steps
+        )
+    return searcher, read_events(tmp_path / "run")
+
+
+def test_everything_is_decided_at_the_end(tmp_path):
+    searcher, _ = brisk({"confidence": 0.999, "check_every": 10**6}, tmp_path)  # Prunodes never move by themselves
+    assert all(node.closed for node in searcher.prunodes.values() if isinstance(node.block, MBConv | FusedMBConv))
+    for path, layer in searcher.layers().items():
+        assert len(layer.options) == 1 or path in searcher.kept
+        assert len([option for option in layer.options if option != "skip"]) <= 1
+
+
+@pytest.mark.parametrize("tier", ["prunode", "block_pruning", "layer_pruning"])
+def test_each_tier_can_be_switched_off(tier, tmp_path):
+    searcher, events = brisk({tier: False, "weight": 10.0}, tmp_path, share=0.08)
+    removed = {event["tier"] for event in events if event["kind"] == "removed"}
+    widths = [event["widths"] for event in events if event["kind"] == "search_epoch"]
+    if tier == "prunode":
+        assert not any(widths)
+    elif tier == "block_pruning":
+        assert 2 not in removed
+        assert widths[0] != widths[-1]
+    else:
+        assert removed == {2}
+        assert not searcher.depth
+    values = searcher.values()
+    architecture = searcher.problem.allocate(values, searcher.problem.budgets[0])
+    assert searcher.problem.latency.of(architecture) <= searcher.problem.budgets[0][0].limit
+
+
+@pytest.mark.parametrize("copies", ["shared", "separate"])
+@pytest.mark.parametrize("paths", ["all", "one"])
+def test_optimizers_follow_what_is_removed(copies, paths, tmp_path):
+    problem = problem_of(shares=(0.1,), task=stripes(64))
+    method = PruNet(headroom=0.0, check_every=1, copies=copies, paths=paths, layers_from=0.3, layer_margin=0.1)
+    searcher = Pruning(method, problem, problem.budgets[0], {"body": "slim"})
+    loop = _Loop(problem, searcher, Steps(**{**BRISK, "epochs": 5}))
+    before = len(weights(searcher.supernet))
+    for _ in range(5):
+        loop.train_epoch(0)
+        for optimizer, alive in (
+            (loop.weights, weights(searcher.supernet)),
+            (loop.architecture, searcher.parameters()),
+        ):
+            assert list(map(id, optimizer.param_groups[0]["params"])) == list(map(id, alive))
+            assert set(map(id, optimizer.state)) <= set(map(id, alive))
+            for parameter, state in optimizer.state.items():
+                for name, value in state.items():
+                    assert name == "step" or value is None or value.shape == parameter.shape
+    assert len(weights(searcher.supernet)) < before
+
+
+def test_removed_prunodes_free_their_weights():
+    searcher = lopsided(pruning())
+    searcher.sweep(1.0, adam(searcher))
+    alive = {id(module) for module in searcher.supernet.modules()}
+    for node in searcher.prunodes.values():
+        assert id(node) in alive or not list(node.block.parameters())
+
+
+# Fronts -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("headroom", [0.0, 1.5])
+def test_budgets_of_a_front_share_the_warm_up_under_their_own_ceilings(headroom, tmp_path):
+    problem = problem_of(shares=(0.1, 0.8), task=stripes(64))
+    search("prunet", tmp_path / "run", problem=problem, headroom=headroom)
+    events = [event for event in read_events(tmp_path / "run") if event["kind"] == "search_epoch"]
+    epochs = defaultdict(list)
+    for event in events:
+        epochs[event["search"]].append(event["epoch"])
+    warm = [name for name in epochs if name.startswith("warm")]
+    assert all(epochs[name] == [1] for name in warm)
+    assert epochs["prune-0"] == epochs["prune-1"] == [2, 3, 4, 5, 6]
+    top = {name: [w for e in events if e["search"] == name for _, w in e["widths"].values()] for name in epochs}
+    if headroom:
+        assert max(top["prune-0"]) < max(top["prune-1"])
+
+
+def test_the_loosest_of_several_budgets():
+    problem = problem_of(shares=(0.2, 0.7, 0.4))
+    assert loosest(problem.budgets) == problem.budgets[1]
+
+
+def test_the_toy_has_more_than_one_structure():
+    shapes, _ = priced(macro, (1, 8, 8))
+    assert decisions(shapes)["body"].options == ["slim", "broad"]

@@ -1,0 +1,208 @@
+"""A task, spaces and problems small enough to search in seconds, for the tests of search and methods."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from netsmith.architecture import dumps, loads
+from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
+from netsmith.cost.budget import Budget
+from netsmith.cost.prices import Options, Prices, tabulate
+from netsmith.decisions import OneOf, Width
+from netsmith.methods import make_method
+from netsmith.run import Run
+from netsmith.search.problem import COUNTED, Problem
+from netsmith.tasks.classification import Split, Task
+from netsmith.train.checkpoint import load_state
+from netsmith.train.recipe import Recipe
+
+BRIEF = Recipe(epochs=1, batch_size=16, learning_rate=0.05, warmup_epochs=0.0, ema=None, label_smoothing=0.0)
+
+
+def stripes(images: int = 96, side: int = 8, seed: int = 0) -> Task:
+    """Three classes: horizontal stripes, vertical stripes, a chessboard; noise on top. A convolution sees which."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def split(count: int) -> Split:
+        labels = torch.arange(count)[torch.randperm(count, generator=generator)] % 3
+        row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        patterns = torch.stack([row // 2 % 2, column // 2 % 2, (row // 2 + column // 2) % 2]).float()
+        noise = 40 * torch.randn(count, 1, side, side, generator=generator)
+        pixels = (80 + 90 * patterns[labels][:, None] + noise).clamp(0, 255).to(torch.uint8)
+        return Split(pixels, torch.arange(count), labels)
+
+    train, search = split(images), split(images // 2)
+    both = Split(
+        torch.cat([train.source, search.source]),
+        torch.arange(images * 3 // 2),
+        torch.cat([train.labels, search.labels]),
+    )
+    return Task(
+        name="stripes", class_names=("rows", "columns", "chess"), channels=1, resolution=side, mean=(0.5,), std=(0.25,),
+        source="planted", splits={"train": train, "search": search, "trainval": both, "test": split(30)}, flip=False,
+    )  # fmt: skip
+
+
+def macro() -> nn.Module:
+    """Every kind of decision: a structural one (channels of the stages), blocks, skips and hidden widths."""
+
+    def layer(inputs: int, outputs: int, stride: int = 1) -> OneOf:
+        options: dict[str, nn.Module] = {
+            "ir": MBConv(inputs, outputs, hidden=Width(range(4, 33, 4)), stride=stride),
+            "ir5": MBConv(inputs, outputs, kernel=5, hidden=Width(range(4, 25, 4)), stride=stride, squeeze=4),
+            "fused": FusedMBConv(inputs, outputs, hidden=Width(range(4, 17, 4)), stride=stride),
+        }
+        if stride == 1 and inputs == outputs:
+            options["skip"] = nn.Identity()
+        return OneOf(options)
+
+    def body(first: int, second: int) -> nn.Module:
+        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        parts["stage1_0"] = layer(8, first)
+        parts["stage1_1"] = layer(first, first)
+        parts["stage2_0"] = layer(first, second, 2)
+        parts["stage2_1"] = layer(second, second)
+        parts["head"] = Head(second, 16, 3)
+        return nn.Sequential(parts)
+
+    return nn.Sequential(OrderedDict(stem=ConvBn(1, 8, 3), body=OneOf({"slim": body(8, 12), "broad": body(12, 16)})))
+
+
+class Misled(nn.Module):
+    """A block that looks at its neighbour in the batch: it costs, it has weights, and it cannot learn."""
+
+    def __init__(self, channels: int, kernel: int) -> None:
+        super().__init__()
+        self.conv = ConvBn(channels, channels, kernel)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x.roll(1, 0))
+
+
+def one_works(good_kernel: int) -> nn.Module:
+    """Two layers, each with a block that works and one that cannot: the dear one works if ``good_kernel`` is 5."""
+
+    def layer() -> OneOf:
+        return OneOf({"misled": Misled(8, 8 - good_kernel), "works": ConvBn(8, 8, good_kernel)})
+
+    return nn.Sequential(OrderedDict(stem=ConvBn(1, 8, 3), stage1_0=layer(), stage1_1=layer(), head=Head(8, 16, 3)))
+
+
+def milliseconds(macs: Prices) -> Prices:
+    """A device that does a MAC a nanosecond and needs 3 µs a network."""
+    return replace(macs.map(1e-6, 3e-3), unit="ms")
+
+
+@functools.cache
+def priced(build: Callable[[], nn.Module], shape: tuple[int, int, int]) -> tuple[nn.Module, dict[str, Prices]]:
+    """A space without numbers and its counted prices: making these takes longer than a small search."""
+    with torch.device("meta"):
+        shapes = build()
+    return shapes, {name: tabulate(shapes, price, shape) for name, price in COUNTED.items()}
+
+
+def problem_of(
+    build: Callable[[], nn.Module] = macro,
+    shares: Sequence[float] = (0.3, 0.6),
+    *,
+    task: Task | None = None,
+    prices: Prices | None = None,
+    recipe: Recipe = BRIEF,
+) -> Problem:
+    """A priced problem with one latency budget for each share of the dearest network."""
+    task = task or stripes()
+
+    def seeded() -> nn.Module:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            return build()
+
+    shapes, counted = priced(build, task.input_shape)
+    latency = prices or milliseconds(counted["macs"])
+    problem = Problem(task, seeded, [], latency, recipe)
+    problem.__dict__.update(shapes=shapes, prices={**counted, "latency": latency})  # cached properties, made once
+    dearest = latency.of(problem.reference)
+    problem.budgets = [[Budget("latency", share * dearest, "ms")] for share in shares]
+    return problem
+
+
+BRISK = {"epochs": 4, "warmup_epochs": 1, "batch_size": 16, "architecture_rate": 0.3}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "best_of": {"candidates": 3, "epochs": 1},
+    "prunet": {
+        "steps": {**BRISK, "epochs": 6},
+        "samples": 2,
+        "race_epochs": [1],
+        "check_every": 1,
+        "headroom": 0.0,
+        "layers_from": 0.3,
+        "layer_margin": 0.1,
+        "layer_start": 0.5,
+        "weight": 4.0,
+    },
+    "fbnet": {"steps": BRISK, "samples": 2, "race_epochs": [1]},
+}
+"""What makes a method that trains brisk."""
+
+
+@dataclass
+class Outcome:
+    """What a search leaves behind, all of it."""
+
+    values: list[Options]
+    architectures: list[dict]
+    events: bytes
+    tensors: dict[str, dict[str, torch.Tensor]]
+    """Checkpoint -> weights and logits."""
+
+    def same(self, other: "Outcome") -> bool:
+        return (
+            (self.values, self.architectures, self.events) == (other.values, other.architectures, other.events)
+            and self.tensors.keys() == other.tensors.keys()
+            and all(
+                mine.keys() == other.tensors[name].keys()
+                and all(torch.equal(tensor, other.tensors[name][key]) for key, tensor in mine.items())
+                for name, mine in self.tensors.items()
+            )
+        )
+
+
+def search(method: str, path: Path, seed: int = 0, problem: Problem | None = None, **options: Any) -> Outcome:
+    """Search in a new folder, or go on in one that was left."""
+    problem = problem or problem_of(task=stripes(64))
+    with new_run(path, seed) as run:
+        values = make_method(method, {**OPTIONS.get(method, {}), **options}).search(problem, run)
+    architectures = [problem.allocate(v, b) for v, b in zip(values, problem.budgets, strict=True)]
+    tensors = {file.name: load_state(file)["searcher"]["supernet"] for file in (path / "checkpoints").glob("*.pt")}
+    return Outcome(values, architectures, (path / "events.jsonl").read_bytes(), tensors)
+
+
+def search_one_budget(method: str, path: Path) -> Outcome:
+    """A search to be killed: module level, so that a process can be started on it."""
+    torch.set_num_threads(1)
+    return search(method, path, problem=problem_of(shares=(0.08,), task=stripes(64)))
+
+
+def new_run(path: Path, seed: int = 0) -> Run:
+    return Run.create(path, {"seed": seed})
+
+
+class FakeDevice:
+    """Stands for export and meter in the promise loop: a "file" is its architecture, the time what `time` makes of it."""
+
+    def __init__(self, problem: Problem, time: Callable[[float, int], float]) -> None:
+        self.problem, self.time, self.timed = problem, time, 0
+
+    def export(self, problem: Problem, architecture: dict, path: Path) -> Path:
+        path.write_text(dumps(architecture))
+        return path
+
+    def time_file(self, path: Path) -> float:
+        self.timed += 1
+        return self.time(self.problem.latency.of(loads(path.read_text())), self.timed)
