@@ -146,3 +146,16 @@ def test_the_real_kernel_is_short(tmp_path, monkeypatch):
     monkeypatch.setenv("NETSMITH_CACHE", str(tmp_path))
     result = quick({"kernel": reference().kernel}, seconds=2.0)["kernel"]
     assert 0.001 < result.median_ms < 1.0
+
+
+def test_quick_measures_on_only_where_samples_disagree():
+    world = World()
+    shaky = world.work("shaky", 1e-3)
+
+    def uneven() -> None:
+        shaky()
+        world.time += 5e-4 * world.random.random()
+
+    steady = world.work("steady", 1e-3)
+    quick({"steady": steady, "shaky": uneven}, clock=world.clock, reference_kernel=world.reference())
+    assert world.calls.count("steady") < 0.7 * world.calls.count("shaky")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from netsmith.architecture import outline, sample
+from netsmith.architecture import Outline, assemble, outline, sample
 from netsmith.blocks.mobile import MBConv
-from netsmith.cost.counts import Params, Shape
+from netsmith.cost.counts import Shape
 from netsmith.cost.device import Device
 from netsmith.cost.meter import measure
-from netsmith.cost.prices import Atom, Options, Prices, atoms, tabulate
+from netsmith.cost.prices import Atom, Prices, atoms
 from netsmith.cost.table import Calibration, LatencyTable, TableDevice, entry_key
 from netsmith.decisions import Architecture, Option, derive
 
@@ -60,32 +61,50 @@ def profile_space(
     """
     found = [atom for atom in atoms(space, input_shape) if not isinstance(atom.module, nn.Identity)]
     lines = outline(space)
-    parts = {(i, width): _at(atom, width) for i, atom in enumerate(found) for width in _widths(atom, lines.options)}
-    keys = {place: entry_key(module, found[place[0]].shape) for place, module in parts.items()}
+    parts = _parts(found, lines.options)
+    items = {k: (lambda m=m: materialised(m), shape) for row in parts for k, m, shape in row.values()}
     if isinstance(device, TableDevice):
-        known: Mapping[str, float] = device.get(dict.fromkeys(keys.values()))
+        known: Mapping[str, float] = device.get(items)
         constant = device.constant_ms
     else:
-        items = {keys[p]: (lambda m=module: materialised(m), found[p[0]].shape) for p, module in parts.items()}
         table.profile(device, items, (lambda done, all_: progress("layers", done, all_)) if progress else None)
         known, constant = table.get(device.fingerprint(), items), 0.0
 
-    raw: Options = {path: dict.fromkeys(options, 0.0) for path, options in lines.options.items()}
-    layers: Options = {path: dict.fromkeys(options, 0.0) for path, options in lines.options.items()}
-    fixed = [constant, 0.0]
-    for i, atom in enumerate(found):
-        if atom.width is not None:
-            points = {int(w): known[keys[i, w]] for w in _widths(atom, lines.options) if w is not None}
-            raw[atom.width] = {n: interpolate(points, int(n)) for n in lines.options[atom.width]}
-            layers[atom.width] = dict.fromkeys(lines.options[atom.width], 1.0)
-        elif atom.owner is not None:
-            path, option = atom.owner
-            raw[path][option] += known[keys[i, None]]
-            layers[path][option] += 1.0
-        else:
-            fixed = [fixed[0] + known[keys[i, None]], fixed[1] + 1.0]
-    weights = tabulate(space, Params(), input_shape)
-    return SpaceLatency(Prices(fixed[0], raw, "ms"), Prices(fixed[1], layers), weights)
+    raw, layers, weights = (Prices(0.0, {p: dict.fromkeys(o, 0.0) for p, o in lines.options.items()}) for _ in "123")
+    fixed = [constant, 0.0, 0.0]
+    for atom, row in zip(found, parts, strict=True):
+        measured = {width: (known[key], 1.0, _weights(module)) for width, (key, module, _) in row.items()}
+        for i, prices in enumerate((raw, layers, weights)):
+            points = {width: values[i] for width, values in measured.items()}
+            if atom.width is not None:
+                prices.options[atom.width] = {n: interpolate(points, int(n)) for n in lines.options[atom.width]}
+            elif atom.owner is not None:
+                path, option = atom.owner
+                prices.options[path][option] += points[0]
+            else:
+                fixed[i] += points[0]
+    return SpaceLatency(
+        Prices(fixed[0], raw.options, "ms"), Prices(fixed[1], layers.options), Prices(fixed[2], weights.options)
+    )
+
+
+def _parts(found: list[Atom], options: Mapping[str, list[Option]]) -> list[dict[int, tuple[str, nn.Module, Shape]]]:
+    """Per atom: width (0 without an open one) -> key of the entry, module, input. Spaces repeat the same few blocks
+    many times: what prints alike is built once."""
+    built: dict[tuple, dict[int, tuple[str, nn.Module, Shape]]] = {}
+    rows = []
+    for atom in found:
+        widths = _widths(atom, options)
+        alike = (repr(atom.module), _weights(atom.module), atom.shape, *widths)
+        if alike not in built:
+            modules = {width or 0: _at(atom, width) for width in widths}
+            built[alike] = {w: (entry_key(m, atom.shape), m, atom.shape) for w, m in modules.items()}
+        rows.append(built[alike])
+    return rows
+
+
+def _weights(module: nn.Module) -> float:
+    return float(sum(parameter.numel() for parameter in module.parameters()))
 
 
 def calibrate(
@@ -103,11 +122,28 @@ def calibrate(
     return [measured[str(i)].median_ms for i in range(len(networks))]
 
 
-def calibration_networks(space: nn.Module, seed: int, count: int = 16) -> list[Architecture]:
-    """Random networks of the space to calibrate on."""
+def calibration_networks(space: nn.Module, seed: int, count: int = 16, raw: Prices | None = None) -> list[Architecture]:
+    """Random networks of the space to calibrate on.
+
+    With ``raw``, the sums of table entries, every other one leans to cheap or to dear options. Networks drawn uniformly
+    are all alike in a space of many layers, and budgets are not: without the leaning ones the error on networks all
+    over the range of `fbnet` at 96 px was 5.1 %, with them 3.2 % (both on a machine with three jobs per core).
+    """
     generator = torch.Generator().manual_seed(seed)
     lines = outline(space)
-    return [sample(lines, generator) for _ in range(count)]
+    return [leaning(lines, raw, generator) if raw and i % 2 else sample(lines, generator) for i in range(count)]
+
+
+def leaning(space: nn.Module | Outline, raw: Prices, generator: torch.Generator) -> Architecture:
+    """A random network that prefers cheap or dear options, as much as chance has it (up to e^4 to 1)."""
+    strength = float(torch.empty(1).uniform_(-4, 4, generator=generator))
+
+    def choose(path: str, options: list[Option]) -> Option:
+        ranked = sorted(options, key=lambda option: raw.at(path, option))
+        weights = (strength * torch.linspace(0, 1, len(ranked))).exp()
+        return ranked[int(torch.multinomial(weights, 1, generator=generator))]
+
+    return assemble(space, choose)
 
 
 def interpolate(points: Mapping[int, float], width: int) -> float:
@@ -166,12 +202,22 @@ def materialised(module: nn.Module) -> nn.Module:
     """A copy with harmless numbers where it has none: time does not depend on weights, unless they are denormal."""
     if not any(tensor.device.type == "meta" for tensor in module.state_dict().values()):
         return module
-    real = copy.deepcopy(module).to_empty(device="cpu").eval()
-    for name, tensor in real.state_dict().items():
-        if name.endswith(("running_var", "bn.weight")):
-            tensor.fill_(1.0)
-        elif tensor.is_floating_point():
-            tensor.normal_(0.0, 0.05, generator=torch.Generator().manual_seed(0))
-        else:
-            tensor.zero_()
-    return real
+    numbers: dict[int, object] = {}
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        real = _numbers(name, tensor)
+        numbers[id(tensor)] = nn.Parameter(real) if isinstance(tensor, nn.Parameter) else real
+    return copy.deepcopy(module, numbers).eval()
+
+
+def _numbers(name: str, like: torch.Tensor) -> torch.Tensor:
+    if not like.is_floating_point():
+        return torch.zeros(like.shape, dtype=like.dtype)
+    if name.endswith(("running_var", "bn.weight")):
+        return torch.ones(like.shape, dtype=like.dtype)
+    return _noise().repeat(-(-like.numel() // 4096))[: like.numel()].reshape(like.shape).to(like.dtype)
+
+
+@functools.cache
+def _noise() -> torch.Tensor:
+    """Drawing millions of numbers for every entry took longer than timing it."""
+    return 0.05 * torch.randn(4096, generator=torch.Generator().manual_seed(0))

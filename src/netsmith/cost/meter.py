@@ -114,6 +114,7 @@ def measure(
     minimum_seconds: float = 1.0,
     precision: float = 0.01,
     samples: int = 30,
+    enough: float = math.inf,
     warmup_calls: int = 10,
     warmup_seconds: float = 0.2,
     sample_seconds: float = 2e-4,
@@ -125,7 +126,8 @@ def measure(
 
     `seconds` bounds the sampling of all functions together (warm-up comes on top, one round is always finished). It
     ends earlier, but not before `minimum_seconds`, once each function has `samples` accepted samples and the interval
-    of each value is within +-`precision` of it. A function shorter than `sample_seconds` is called several times per
+    of each value is within +-`precision` of it, or it has `enough` samples. Whoever has what is asked sits out the next
+    rounds, with `enough` finite. A function shorter than `sample_seconds` is called several times per
     sample. `tolerance`: how far above its best the reference kernel may be for a sample to count. Errors: what a
     function raises comes through.
 
@@ -139,23 +141,29 @@ def measure(
     with _undisturbed():
         repeats = [_warm(f, warmup_calls, warmup_seconds / len(timed), sample_seconds, clock) for f in timed]
         _warm(ref.kernel, warmup_calls, 0.01, 0.0, clock)
-        times: list[list[float]] = []
-        kernel: list[list[float]] = []
-        started, check = clock(), samples
+        times: list[list[tuple[float, float, float]]] = [[] for _ in timed]
+        kernel: list[float] = []
+        playing = range(len(timed))
+        started, rounds, check = clock(), 0, samples
         while True:
-            row, marks = [], [_mark(ref, clock)]
-            for function, count in zip(timed, repeats, strict=True):
-                row.append(_sample(function, count, clock))
-                marks.append(_mark(ref, clock))
-            times.append(row)
-            kernel.append(marks)
+            before = _mark(ref, clock)
+            kernel.append(before)
+            for i in playing:
+                spent = _sample(timed[i], repeats[i], clock)
+                after = _mark(ref, clock)
+                times[i].append((spent, before, after))
+                kernel.append(after)
+                before = after
+            rounds += 1
             elapsed = clock() - started
-            if elapsed < seconds and (len(times) < check or elapsed < minimum_seconds):
+            if elapsed < seconds and (rounds < check or elapsed < minimum_seconds):
                 continue
-            results, best = _judge(np.array(times), np.array(kernel), repeats, samples, precision, tolerance, ref)
+            results, best = _judge(times, np.array(kernel), repeats, samples, enough, precision, tolerance, ref)
             if elapsed >= seconds or all(result.settled for result in results):
                 break
-            check = math.ceil(len(times) * 1.2)  # judging sorts everything: do it rarely
+            if enough < math.inf:  # who sat out may be back: the bar rises with the best that the kernel shows
+                playing = [i for i, result in enumerate(results) if not result.settled]
+            check = math.ceil(rounds * 1.2)  # judging sorts everything: do it rarely
     ref.remember(best)
     return dict(zip(functions, results, strict=True))
 
@@ -163,42 +171,44 @@ def measure(
 def quick(
     functions: Mapping[str, Callable[[], object]], *, samples: int = 12, **options: object
 ) -> dict[str, Measurement]:
-    """`measure` for the many entries of a table: a few accepted samples each, no narrow interval. The time limit
-    grows with the group.
+    """`measure` for the many entries of a table: five accepted samples that agree within 1 %, or `samples` that do
+    not. The time limit grows with the group.
 
-    About 10 ms an entry on a quiet machine, up to the limit of 30 ms on a busy one (of 10-100 us; larger ones take
-    24 times their own duration and more).
+    10 ms an entry of 30 us on a machine with as many jobs as cores; of larger ones ten times their own duration and
+    more. (Twelve samples for all took half as long again.)
     """
-    defaults: dict[str, object] = {"samples": samples, "precision": math.inf, "minimum_seconds": 0.0, "warmup_calls": 2,
-                                   "warmup_seconds": 0.0, "seconds": 1.0 + 0.03 * len(functions)}  # fmt: skip
+    defaults: dict[str, object] = {"samples": min(5, samples), "enough": samples, "minimum_seconds": 0.0,
+                                   "warmup_calls": 2, "warmup_seconds": 0.0,
+                                   "seconds": 1.0 + 0.03 * len(functions)}  # fmt: skip
     return measure(functions, **(defaults | options))  # type: ignore[arg-type]
 
 
 def _judge(
-    times: NDArray[np.float64],
+    times: list[list[tuple[float, float, float]]],
     kernel: NDArray[np.float64],
     repeats: list[int],
     samples: int,
+    enough: float,
     precision: float,
     tolerance: float,
     ref: Reference,
 ) -> tuple[list[Measurement], float]:
-    """`times` (rounds, functions) and `kernel` (rounds, functions + 1) in seconds -> measurements, and the kernel's
-    best here."""
+    """Per function its samples, each with the kernel's times before and after, seconds; all times of the kernel ->
+    measurements, and the kernel's best here."""
     here = float(np.quantile(kernel, 0.02))  # not the minimum: one lucky run must not condemn all others
     best = min(here, ref.best)
     slow_phase = here > ref.loose * best
     floor, clocks = (best, 1.0) if slow_phase else (here, best / here)
-    accepted = np.maximum(kernel[:, :-1], kernel[:, 1:]) <= floor * (1 + tolerance)
     results = []
-    for i, count in enumerate(repeats):
-        values = np.sort(times[accepted[:, i], i]) * clocks
-        enough = len(values) >= samples
-        if len(values) < min(samples, 3):  # hardly ever at its best: say so, and give what the kernel's slowness leaves
-            values = np.sort(times[:, i] * best / kernel[:, i : i + 2].mean(1))
+    for taken, count in zip(times, repeats, strict=True):
+        spent, before, after = np.array(taken).T
+        values = np.sort(spent[np.maximum(before, after) <= floor * (1 + tolerance)]) * clocks
+        accepted = len(values)
+        if accepted < min(samples, 3):  # hardly ever at its best: say so, and give what the kernel's slowness leaves
+            values = np.sort(spent * best / ((before + after) / 2))
         value = float(np.quantile(values, QUANTILE))
         low, high = quantile_interval(values, QUANTILE)
-        settled = enough and (high - low) / 2 <= precision * value
+        settled = accepted >= enough or (accepted >= samples and (high - low) / 2 <= precision * value)
         results.append(
             Measurement(
                 value * 1e3, (low * 1e3, high * 1e3), float(values[0]) * 1e3, len(values) * count, bool(settled)

@@ -3,6 +3,7 @@ into ONNX.
 
 Symbolic tracing stumbles over `b, c, h, w = x.shape`; recording real calls (torch's dispatch mode) takes any Python.
 What does not depend on the input (sliced or quantised weights) is computed while recording and becomes a constant.
+With an example without numbers (on the meta device) only shapes are computed of what depends on it.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class _Recorder(TorchDispatchMode):
         slot = Slot(len(self.program.shapes))
         self.slots[id(tensor)] = slot
         self.alive.append(tensor)
-        self.storages.setdefault(tensor.untyped_storage().data_ptr(), set()).add(id(tensor))
+        self.storages.setdefault(tensor.untyped_storage()._cdata, set()).add(id(tensor))
         self.program.shapes[slot] = tuple(tensor.shape)
         return slot
 
@@ -133,10 +134,13 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         live = [v for v in _leaves([args, kwargs]) if isinstance(v, Tensor) and id(v) in self.slots]
         arguments, options = _marked(args, self.slots), _marked(kwargs, self.slots)
-        result = func(*args, **kwargs)
+        if live and live[0].is_meta:
+            result = _shapes_only(func, _on_meta(args), _on_meta(kwargs))
+        else:
+            result = func(*args, **kwargs)
         if live:
             parts = [result] if isinstance(result, Tensor) else list(result)
-            if func._schema.is_mutable and len(self.storages[parts[0].untyped_storage().data_ptr()]) > 1:
+            if func._schema.is_mutable and len(self.storages[parts[0].untyped_storage()._cdata]) > 1:
                 self.program.aliased_writes = True
             outputs = [self.new_slot(part) for part in parts]
             self.program.calls.append(
@@ -197,6 +201,21 @@ def _marked(value: Any, slots: dict[int, Slot]) -> Any:
     if isinstance(value, dict):
         return {name: _marked(part, slots) for name, part in value.items()}
     return [_marked(part, slots) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _shapes_only(func: Any, args: Any, options: dict[str, Any]) -> Any:
+    if func._schema.name == "aten::native_batch_norm" and args[5] is False:
+        # torch takes this one apart first, which was half of all the time of recording.
+        return torch.empty_like(args[0]), torch.empty(0, device="meta"), torch.empty(0, device="meta")
+    return func(*args, **options)
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value if value.is_meta else value.to("meta")
+    if isinstance(value, dict):
+        return {name: _on_meta(part) for name, part in value.items()}
+    return [_on_meta(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def _filled(value: Any, memory: list[Any]) -> Any:
