@@ -111,7 +111,7 @@ class Job:
             notes: Callable[[str, int, int], None] = self.say.progress
             latency = profile_space(space, self.task.input_shape, self.device, table, notes)
             if not isinstance(self.device, TableDevice):
-                networks = calibration_networks(space, self.asked["seed"])
+                networks = calibration_networks(space, self.asked["seed"], raw=latency.raw)
                 latency = latency.calibrated(
                     networks, calibrate(space, self.task.input_shape, self.device, latency, networks)
                 )

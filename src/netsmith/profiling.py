@@ -99,7 +99,7 @@ def profile(
     error: dict[str, Any] | None = None
     if not isinstance(device, TableDevice):
         say.stage("whole networks: 10 to calibrate on" + (f", {networks} to test" if networks else ""))
-        known = calibration_networks(space, seed)
+        known = calibration_networks(space, seed, raw=latency.raw)
         unseen = calibration_networks(space, seed + 1, networks)
         times = calibrate(space, shape, device, latency, [*known, *unseen], seconds=0.8 * (len(known) + networks))
         latency = latency.calibrated(known, times[: len(known)])
