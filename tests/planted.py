@@ -194,7 +194,8 @@ def new_run(path: Path, seed: int = 0) -> Run:
 
 
 class FakeDevice:
-    """Stands for export and meter in the promise loop: a "file" is its architecture, the time what `time` makes of it."""
+    """Stands for export and meter in the promise loop: a "file" is its architecture; `time(predicted, number)` is what
+    measuring shows."""
 
     def __init__(self, problem: Problem, time: Callable[[float, int], float]) -> None:
         self.problem, self.time, self.timed = problem, time, 0

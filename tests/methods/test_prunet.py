@@ -450,7 +450,7 @@ def test_at_most_one_layer_of_a_stage_goes_in_a_sweep_and_never_one_that_changes
         for d in searcher.depth.values():
             d.data.fill_(-9.0)
         gone.append([event["path"] for event in searcher.sweep(0.9, optimizer)])
-    assert [len(row) for row in gone][0] == stages
+    assert len(gone[0]) == stages
     assert all(len({path[:-2] for path in row}) == len(row) for row in gone)
     assert sum(map(len, gone)) == count
     for path, layer in searcher.layers().items():

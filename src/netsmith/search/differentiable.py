@@ -138,7 +138,7 @@ class _Loop:
             nesterov=True,
         )
         self.architecture = torch.optim.Adam(
-            searcher.parameters(),
+            [{"params": searcher.parameters()}],  # as a group it may be empty: nothing open from the start
             lr=steps.architecture_rate,
             betas=(0.5, 0.999),
             weight_decay=steps.architecture_decay,

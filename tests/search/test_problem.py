@@ -1,0 +1,141 @@
+"""The problem: prices, peak memory by brute force, and a preferred network that survives the knapsack."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from planted import macro, problem_of, stripes
+from torch import nn
+
+from netsmith.architecture import check, enumerate_architectures
+from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
+from netsmith.cost.budget import Budget
+from netsmith.cost.memory import PeakMemory
+from netsmith.decisions import OneOf, Width
+from netsmith.errors import UserError
+from netsmith.search.problem import prefer
+from netsmith.search.sampling import at_budget, capacity, flat
+from netsmith.tasks.classification import TestSplitTouched
+
+
+def tiny() -> nn.Module:
+    """Two layers of six networks each."""
+
+    def layer(channels: int) -> OneOf:
+        return OneOf(
+            {
+                "ir": MBConv(channels, channels, hidden=Width((4, 16, 48))),
+                "fused": FusedMBConv(channels, channels, hidden=Width((8, 24))),
+                "skip": nn.Identity(),
+            }
+        )
+
+    down = ConvBn(8, 12, 3, stride=2)
+    parts = OrderedDict(stem=ConvBn(1, 8, 3), first=layer(8), down=down, second=layer(12), head=Head(12, 16, 3))
+    return nn.Sequential(parts)
+
+
+def test_a_problem_hides_the_test_split():
+    problem = problem_of()
+    with pytest.raises(TestSplitTouched):
+        problem.task.split("test")
+
+
+def test_structural_decisions_are_those_with_layers_inside():
+    assert problem_of().structural == ["body"]
+    assert problem_of(tiny).structural == []
+
+
+def test_the_reference_is_the_dearest_network():
+    problem = problem_of(tiny)
+    assert problem.latency.of(problem.reference) == max(map(problem.latency.of, enumerate_architectures(tiny())))
+
+
+def test_peak_memory_equals_brute_force():
+    problem = problem_of(tiny)
+    values = {
+        path: {o: v + 0.01 * i for i, (o, v) in enumerate(row.items())} for path, row in capacity(problem).items()
+    }
+    networks = list(enumerate_architectures(tiny()))
+    assert len(networks) == 36
+    memory = [PeakMemory()(problem.plain(a), problem.input_shape) for a in networks]
+    latency = [problem.latency.of(a) for a in networks]
+    worth = [sum(values[path][option] for path, option in a.items()) for a in networks]
+    tried = 0
+    for limit in sorted(set(memory)):
+        for share in (0.3, 0.6, 1.0):
+            budgets = [Budget("latency", share * max(latency), "ms"), Budget("peak_memory", limit, "B")]
+            fitting = [
+                w for w, m, t in zip(worth, memory, latency, strict=True) if m <= limit and t <= budgets[0].limit
+            ]
+            if not fitting:
+                continue
+            found = problem.allocate(values, budgets)
+            assert PeakMemory()(problem.plain(found), problem.input_shape) <= limit
+            assert sum(values[path][option] for path, option in found.items()) == pytest.approx(max(fitting))
+            tried += 1
+    assert tried > 10
+
+
+def test_too_little_memory_is_said_in_a_sentence():
+    with pytest.raises(UserError, match="peak_memory<=1B"):
+        problem_of(tiny).allocate(capacity(problem_of(tiny)), [Budget("peak_memory", 1.0, "B")])
+
+
+def test_a_scaled_limit_is_tighter():
+    problem = problem_of(shares=(0.5,))
+    (budget,) = problem.budgets[0]
+    architecture = problem.allocate(capacity(problem), [budget], {"latency": 0.8})
+    assert 0.7 * budget.limit < problem.latency.of(architecture) <= 0.8 * budget.limit
+
+
+def test_an_option_without_a_value_is_out():
+    problem = problem_of()
+    values = capacity(problem)
+    del values["body"]["broad"]
+    architecture = problem.allocate(values, problem.budgets[1])
+    assert architecture["body"] == "slim"
+    check(macro(), architecture)
+
+
+def test_a_preferred_network_is_returned_where_it_fits():
+    # Wherever slack is left it goes into wider widths; all blocks and structures stay.
+    problem = problem_of(shares=(0.5,))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        wanted = at_budget(problem, problem.budgets[0], generator)
+        values = prefer(flat(problem), wanted, 1.0)
+        exactly = [Budget("latency", problem.latency.of(wanted), "ms")]
+        found = problem.allocate(values, exactly)
+        for path, option in wanted.items():
+            if isinstance(option, int):
+                assert found[path] >= option
+            else:
+                assert found[path] == option
+        assert problem.latency.of(found) <= exactly[0].limit
+
+
+def test_a_tightened_budget_shaves_widths_before_it_changes_blocks():
+    problem = problem_of(shares=(0.6,))
+    wanted = at_budget(problem, problem.budgets[0], torch.Generator().manual_seed(1))
+    found = problem.allocate(prefer(flat(problem), wanted, 1.0), problem.budgets[0], {"latency": 0.93})
+    assert found != wanted
+    assert {p: o for p, o in found.items() if isinstance(o, str)} == {
+        p: o for p, o in wanted.items() if isinstance(o, str)
+    }
+    assert any(found[path] < option for path, option in wanted.items() if isinstance(option, int))
+
+
+def test_a_preference_within_its_weight_changes_nothing_else():
+    values = {"a": {"x": 1.0, "y": 2.0}, "w": {8: 0.0, 16: 0.0, 24: 0.0}}
+    preferred = prefer(values, {"a": "x", "w": 16}, 10.0)
+    assert preferred == {"a": {"x": 11.0, "y": 2.0}, "w": {8: 5.0, 16: 10.0, 24: 10.0}}
+    assert values["w"] == {8: 0.0, 16: 0.0, 24: 0.0}
+
+
+def test_capacity_grows_with_macs_and_skip_is_worth_nothing():
+    problem = problem_of(task=stripes(64))
+    values, macs = capacity(problem), problem.prices["macs"].options
+    for path, row in values.items():
+        assert sorted(row, key=row.__getitem__) == sorted(row, key=macs[path].__getitem__)
+        assert row.get("skip", 0.0) == 0.0

@@ -1,0 +1,121 @@
+"""The promise loop keeps what it promises on devices that are not what the table says."""
+
+import random
+
+import pytest
+from planted import FakeDevice, macro, new_run, problem_of
+
+from netsmith.architecture import check
+from netsmith.cost.budget import Budget
+from netsmith.errors import PromiseBroken
+from netsmith.run import read_events
+from netsmith.search import promise
+from netsmith.search.allocate import Infeasible
+from netsmith.search.promise import keep
+from netsmith.search.sampling import capacity
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Keep a budget on a fake device: `kept(share, time)`."""
+
+    def run_it(share: float, time, name: str = "x", budget: Budget | None = None):
+        problem = problem_of(shares=(share,))
+        budgets = [budget] if budget else problem.budgets[0]
+        device = FakeDevice(problem, time)
+        monkeypatch.setattr(promise, "export_untrained", device.export)
+        with new_run(tmp_path / "run") as run:
+            found = keep(problem, run, name, capacity(problem), budgets, device.time_file if time else None)
+        check(macro(), found.architecture)
+        return found, budgets[0].limit, device
+
+    return run_it
+
+
+SHARES = [0.2, 0.35, 0.5, 0.7, 0.9]
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.0, 1.1], ids=["faster", "as predicted", "slower"])
+@pytest.mark.parametrize("share", SHARES)
+def test_a_device_that_is_not_what_the_table_says(kept, share, factor):
+    found, limit, device = kept(share, lambda predicted, _: factor * predicted)
+    assert 0.95 * limit <= found.measured["latency"] <= limit
+    assert found.measured["latency"] == pytest.approx(factor * found.predicted["latency"])
+    assert found.rounds == device.timed == (1 if factor == 1.0 else 2)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_a_constant_that_the_table_does_not_know(kept, share):
+    found, limit, _ = kept(share, lambda predicted, _: predicted + 0.01)
+    assert 0.95 * limit <= found.measured["latency"] <= limit
+    assert found.rounds <= 3
+
+
+def test_a_noisy_meter(kept):
+    shares, landed, rounds = [0.15 + 0.04 * i for i in range(20)], [], []
+    noise = random.Random(0)
+    for i, share in enumerate(shares):
+        found, limit, _ = kept(share, lambda predicted, _: predicted * noise.gauss(1.02, 0.01), f"x{i}")
+        landed.append(found.measured["latency"] / limit)
+        rounds.append(found.rounds)
+    assert all(share <= 1 for share in landed)
+    assert 0.95 <= sorted(landed)[10] <= 1
+    assert max(rounds) <= 4
+    assert sorted(rounds)[10] <= 2
+
+
+def test_a_device_that_cannot_be_kept(kept, tmp_path):
+    with pytest.raises(PromiseBroken, match=r"no exported network kept its budget in \d rounds: latency.*was measured"):
+        kept(0.4, lambda predicted, number: 10.0 + number)
+    assert all(not event["kept"] for event in read_events(tmp_path / "run"))
+
+
+def test_a_device_far_slower_than_the_smallest_network_allows(kept):
+    # Corrected, nothing fits any more: what was measured is said, not what a corrected limit would have needed.
+    with pytest.raises(PromiseBroken, match="in 1 rounds"):
+        kept(0.2, lambda predicted, _: 50 * predicted)
+
+
+def test_the_best_kept_network_stays_when_a_later_round_breaks(kept):
+    # Round 1 lands at 90 %; every further one, larger, breaks the budget.
+    found, limit, device = kept(0.5, lambda predicted, number: predicted * (0.9 if number == 1 else 1.3))
+    assert found.measured["latency"] <= limit
+    assert device.timed == found.rounds > 1
+
+
+def test_a_budget_just_above_the_smallest_network(kept):
+    # The aim leaves 1.5 % for the meter; where that is too little room for any network, the limit itself counts.
+    problem = problem_of()
+    smallest = problem.allocate(
+        {path: {o: -price for o, price in row.items()} for path, row in problem.latency.options.items()},
+        [Budget("latency", 1e9, "ms")],
+    )
+    floor = problem.latency.of(smallest)
+    found, _, _ = kept(1.0, lambda predicted, _: predicted, budget=Budget("latency", 1.001 * floor, "ms"))
+    assert found.architecture == smallest
+    with pytest.raises(Infeasible, match="the smallest network needs"):
+        kept(1.0, lambda predicted, _: predicted, "y", Budget("latency", 0.99 * floor, "ms"))
+
+
+def test_a_table_only_predicts_and_needs_one_round(kept):
+    found, limit, device = kept(0.5, None)
+    assert device.timed == 0
+    assert found.rounds == 1
+    assert found.measured == found.predicted
+    assert 0.97 * limit <= found.measured["latency"] <= limit
+
+
+def test_a_kept_promise_is_not_measured_again(kept):
+    first, _, _ = kept(0.5, lambda predicted, _: 1.1 * predicted)
+    again, _, device = kept(0.5, lambda predicted, _: 1.1 * predicted)
+    assert again == first
+    assert device.timed == 0
+
+
+def test_every_round_is_an_event(kept, tmp_path):
+    found, limit, _ = kept(0.5, lambda predicted, _: 1.1 * predicted)
+    events = [event for event in read_events(tmp_path / "run") if event["kind"] == "promise_round"]
+    assert [event["round"] for event in events] == [1, 2]
+    assert [event["kept"] for event in events] == [False, True]
+    assert events[-1]["measured"] == found.measured["latency"]
+    assert all(event["limit"] == limit for event in events)
