@@ -15,7 +15,6 @@ from io import StringIO
 from typing import TYPE_CHECKING
 
 from netsmith.errors import PromiseBroken, UserError, unknown
-from netsmith.options import IN_A_FILE
 
 if TYPE_CHECKING:
     from netsmith.verbs import Verb
@@ -91,6 +90,7 @@ def _parse(name: str, arguments: list[str]) -> Verb | None:
     import tyro
 
     from netsmith import verbs
+    from netsmith.options import IN_A_FILE
 
     kind = getattr(verbs, name.capitalize())
     default = kind.before(arguments) if hasattr(kind, "before") else None
