@@ -42,6 +42,8 @@ class SearchOptions:
     """What to learn: `netsmith list tasks`, or folder:DIR for your own images."""
     data: Annotated[Path | None, Later] = None
     """Folder with the files of the task (default: $NETSMITH_DATA, ./data or ../shared/data)."""
+    resolution: Annotated[int | None, Later] = None
+    """Pixels a side of the images that the network sees (default: the task's own; 128 for folders)."""
     space: Annotated[str | None, Later] = None
     """Where to search: `netsmith list spaces` (default: by image size and method)."""
     method: str = "prunet"

@@ -67,7 +67,7 @@ class Job:
     @cached_property
     def task(self):
         data = self.asked.get("data")
-        return open_task(self.asked["task"], Path(data) if data else None)
+        return open_task(self.asked["task"], Path(data) if data else None, resolution=self.asked.get("resolution"))
 
     @cached_property
     def device(self) -> Device:

@@ -63,7 +63,7 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     task_name = options.task
     if task_name.startswith("folder:"):  # a run can be continued from anywhere
         task_name = f"folder:{Path(task_name.removeprefix('folder:')).expanduser().absolute()}"
-    task = open_task(task_name, options.data)
+    task = open_task(task_name, options.data, resolution=options.resolution)
     space = options.space or default_space(options.method, task.resolution)
     shape = {"classes": task.classes, "channels": task.channels, "resolution": task.resolution}
     space_options = {**shape, **_offered_widths(space, options), **options.space_options}
@@ -72,6 +72,7 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     problem = {
         "task": task_name,
         "data": str(options.data.absolute()) if options.data else None,
+        "resolution": options.resolution,
         "space": space,
         "space_options": space_options,
         "method": options.method,

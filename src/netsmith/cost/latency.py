@@ -61,6 +61,9 @@ def profile_space(
     """
     found = [atom for atom in atoms(space, input_shape) if not isinstance(atom.module, nn.Identity)]
     lines = outline(space)
+    if isinstance(device, TableDevice) and device.constant_ms:
+        # A published table gives stem and head, which every network has, as one number.
+        found = [a for a in found if a.owner or a.width or entry_key(a.module, a.shape) in device.table]
     parts = _parts(found, lines.options)
     items = {k: (lambda m=m: materialised(m), shape) for row in parts for k, m, shape in row.values()}
     if isinstance(device, TableDevice):

@@ -16,6 +16,7 @@ SPACES = {
     "fbnet": "netsmith.spaces.fbnet:fbnet",
     "prunet": "netsmith.spaces.prunet:prunet",
     "fbnet_small": "netsmith.spaces.small:fbnet_small",
+    "single_path": "netsmith.spaces.single_path:single_path",
     "prunet_small": "netsmith.spaces.small:prunet_small",
 }
 """Name -> where its function is; every one takes ``classes``, ``channels`` and ``resolution`` (px)."""

@@ -1,0 +1,111 @@
+"""The latency of a space from a table: exact sums, interpolation only between measured widths, nothing guessed."""
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from netsmith import architecture as architectures
+from netsmith.blocks.mobile import ConvBn, Head, MBConv
+from netsmith.cost.imported import import_table
+from netsmith.cost.latency import SpaceLatency, interpolate, profile_space, width_step
+from netsmith.cost.prices import Prices
+from netsmith.cost.table import Calibration, LatencyTable, MissingEntry, TableDevice, entry_key
+from netsmith.decisions import OneOf, Width, derive
+from netsmith.spaces import open_space
+
+DATA = Path(os.environ.get("NETSMITH_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
+
+
+def space() -> nn.Module:
+    blocks = {"a": MBConv(8, 8, hidden=Width((8, 16, 24))), "b": MBConv(8, 8, kernel=5, hidden=8)}
+    return nn.Sequential(ConvBn(3, 8, 3), OneOf({**blocks, "skip": nn.Identity()}), Head(8, 16, 10))
+
+
+def entries() -> dict[str, float]:
+    layers = [MBConv(8, 8, hidden=n) for n in (8, 16, 24)] + [MBConv(8, 8, kernel=5, hidden=8)]
+    table = {entry_key(layer, (8, 8, 8)): 0.1 * (i + 1) for i, layer in enumerate(layers)}
+    return table | {entry_key(ConvBn(3, 8, 3), (3, 8, 8)): 1.0, entry_key(Head(8, 16, 10), (8, 8, 8)): 2.0}
+
+
+def test_a_network_costs_the_sum_of_its_entries(tmp_path: Path):
+    latency = profile_space(space(), (3, 8, 8), TableDevice("board", entries()), LatencyTable(tmp_path / "t.sqlite"))
+    known = entries()
+    for architecture in architectures.enumerate_architectures(space()):
+        parts = [m for m in derive(space(), architecture).children() if not isinstance(m, nn.Identity)]
+        shapes = [(3, 8, 8)] + [(8, 8, 8)] * 2
+        expected = sum(known[entry_key(m, s)] for m, s in zip(parts, shapes, strict=False))
+        assert latency.prices.of(architecture) == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_option_without_entry_is_an_error_and_a_fixed_part_only_without_a_constant(tmp_path: Path):
+    table = LatencyTable(tmp_path / "t.sqlite")
+    lacking = {key: ms for key, ms in entries().items() if "kernel=5" not in key}
+    with pytest.raises(MissingEntry, match="kernel=5"):
+        profile_space(space(), (3, 8, 8), TableDevice("board", lacking, constant_ms=5.0), table)
+    lacking = {key: ms for key, ms in entries().items() if "Head" not in key}
+    with pytest.raises(MissingEntry, match="Head"):
+        profile_space(space(), (3, 8, 8), TableDevice("board", lacking), table)
+    latency = profile_space(space(), (3, 8, 8), TableDevice("board", lacking, constant_ms=5.0), table)
+    assert latency.prices.of({"1": "skip"}) == pytest.approx(6.0)
+
+
+def test_interpolation_stays_between_measured_widths():
+    assert interpolate({16: 1.0, 48: 3.0}, 16) == 1.0
+    assert interpolate({16: 1.0, 48: 3.0}, 24) == pytest.approx(1.5)
+    for outside in (8, 64):
+        with pytest.raises(ValueError):  # noqa: PT011
+            interpolate({16: 1.0, 48: 3.0}, outside)
+
+
+def test_the_calibration_is_a_price_per_option_again():
+    raw = Prices(1.0, {"x": {"a": 2.0, "b": 3.0}})
+    layers, weights = Prices(2.0, {"x": {"a": 1.0, "b": 0.0}}), Prices(100.0, {"x": {"a": 50.0, "b": 0.0}})
+    calibration = Calibration(constant=0.5, scale=1.1, per_layer=-0.1, per_weight=1e-3)
+    prices = SpaceLatency(raw, layers, weights, calibration).prices
+    assert prices.of({"x": "a"}) == pytest.approx(calibration.predict([3.0, 3.0, 150.0]))
+    assert prices.of({"x": "b"}) == pytest.approx(calibration.predict([4.0, 2.0, 100.0]))
+
+
+class Staircase:
+    """A device whose layers cost one unit per started step of channels."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    name = "staircase"
+
+    def versions(self) -> dict[str, str]:
+        return {}
+
+    def fingerprint(self) -> str:
+        return f"staircase {self.step}"
+
+
+@pytest.mark.parametrize("step", [4, 8, 16, 32])
+def test_the_staircase_of_a_device_is_found(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def profile(self: LatencyTable, device: Staircase, items: dict, progress=None) -> float:
+        known.update({key: 1.0 + math.ceil(make().options["hidden"] / device.step) for key, (make, _) in items.items()})
+        return 0.0
+
+    known: dict[str, float] = {}
+    monkeypatch.setattr(LatencyTable, "profile", profile)
+    monkeypatch.setattr(LatencyTable, "get", lambda self, fingerprint, keys: {key: known[key] for key in keys})
+    assert width_step(Staircase(step), LatencyTable(tmp_path / "t.sqlite")) == step  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.skipif(not (DATA / "nas").is_dir(), reason="the published tables are not here")
+def test_a_published_table_prices_its_own_space(tmp_path: Path):
+    phone = import_table(DATA / "nas" / "lut_singlepath_pixel1.json.gz")
+    with torch.device("meta"):
+        supernet = open_space("single_path")
+    latency = profile_space(supernet, (3, 224, 224), phone, LatencyTable(tmp_path / "t.sqlite"))
+    rows = [path for path in latency.prices.options if "stage" in path]
+    assert len(rows) == 20
+    assert latency.prices.constant == pytest.approx(19.6)
+    small = latency.prices.of(architectures.assemble(supernet, lambda _, options: options[-1]))
+    large = latency.prices.of(architectures.assemble(supernet, lambda _, options: "k5_e6"))
+    assert 19.6 < small < 60 < large < 200
