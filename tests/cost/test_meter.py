@@ -150,12 +150,12 @@ def test_the_real_kernel_is_short(tmp_path, monkeypatch):
 
 def test_quick_measures_on_only_where_samples_disagree():
     world = World()
-    shaky = world.work("shaky", 1e-3)
+    shaky = world.work("shaky", 1e-4)
 
     def uneven() -> None:
         shaky()
-        world.time += 5e-4 * world.random.random()
+        world.time += 5e-5 * world.random.random()
 
-    steady = world.work("steady", 1e-3)
+    steady = world.work("steady", 1e-4)
     quick({"steady": steady, "shaky": uneven}, clock=world.clock, reference_kernel=world.reference())
     assert world.calls.count("steady") < 0.7 * world.calls.count("shaky")

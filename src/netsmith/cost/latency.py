@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from netsmith.architecture import Outline, assemble, outline, sample
+from netsmith.architecture import Outline, assemble, outline, pick, sample
 from netsmith.blocks.mobile import MBConv
 from netsmith.cost.counts import Shape
 from netsmith.cost.device import Device
@@ -126,15 +126,21 @@ def calibrate(
 
 
 def calibration_networks(space: nn.Module, seed: int, count: int = 16, raw: Prices | None = None) -> list[Architecture]:
-    """Random networks of the space to calibrate on.
+    """Networks of the space to calibrate on, drawn uniformly.
 
-    With ``raw``, the sums of table entries, every other one leans to cheap or to dear options. Networks drawn uniformly
-    are all alike in a space of many layers, and budgets are not: without the leaning ones the error on networks all
-    over the range of `fbnet` at 96 px was 5.1 %, with them 3.2 % (both on a machine with three jobs per core).
+    With ``raw``, the sums of table entries, they cover its whole range: one is the cheapest, one the dearest, and every
+    other one of the rest leans to cheap or to dear options. Networks drawn uniformly are all alike in a space of many
+    layers, and budgets are not: without the leaning ones the error on networks all over the range of `fbnet` at 96 px
+    was 5.1 %, with them 3.2 % (three jobs per core); without the ends the cheapest network of `prunet_small` at 32 px
+    was predicted at 28.8 us where it takes 19.
     """
     generator = torch.Generator().manual_seed(seed)
     lines = outline(space)
-    return [leaning(lines, raw, generator) if raw and i % 2 else sample(lines, generator) for i in range(count)]
+    if raw is None:
+        return [sample(lines, generator) for _ in range(count)]
+    ends = [end(lines, raw, generator, dearest=dearest) for dearest in (False, True)]
+    rest = [sample(lines, generator) if i % 2 else leaning(lines, raw, generator) for i in range(count - 2)]
+    return [*ends, *rest][:count]
 
 
 def leaning(space: nn.Module | Outline, raw: Prices, generator: torch.Generator) -> Architecture:
@@ -147,6 +153,18 @@ def leaning(space: nn.Module | Outline, raw: Prices, generator: torch.Generator)
         return ranked[int(torch.multinomial(weights, 1, generator=generator))]
 
     return assemble(space, choose)
+
+
+def end(space: Outline, raw: Prices, generator: torch.Generator, *, dearest: bool) -> Architecture:
+    """The cheapest or dearest network, as good as surely: decisions that hold others are drawn 50 times."""
+    outer = {path for path, _ in space.parents.values()}
+
+    def choose(path: str, options: list[Option]) -> Option:
+        if path in outer:
+            return pick(options, generator)
+        return (max if dearest else min)(options, key=lambda option: raw.at(path, option))
+
+    return (max if dearest else min)((assemble(space, choose) for _ in range(50)), key=raw.of)
 
 
 def interpolate(points: Mapping[int, float], width: int) -> float:
