@@ -63,9 +63,7 @@ def sample(space: nn.Module | Outline, generator: torch.Generator) -> Architectu
     return assemble(space, lambda _, options: pick(options, generator))
 
 
-def mutate(
-    space: nn.Module | Outline, architecture: Mapping[str, Option], generator: torch.Generator
-) -> Architecture:
+def mutate(space: nn.Module | Outline, architecture: Mapping[str, Option], generator: torch.Generator) -> Architecture:
     """Re-draw one decision, and whatever newly opens below it; all else stays."""
     lines = outline(space)
     open_ = [path for path in architecture if len(lines.options[path]) > 1]

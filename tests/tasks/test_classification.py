@@ -103,15 +103,22 @@ def test_shift_and_flip_equals_crops_made_one_by_one():
     padded = torch.nn.functional.pad(images, (2,) * 4)
     places = set()
     for picture, result in zip(padded, shifted, strict=True):
-        windows = {(top, left, flip): crop.flip(-1) if flip else crop for top in range(5) for left in range(5)
-                   for flip in (0, 1) for crop in [picture[:, top:top + 8, left:left + 8]]}
+        windows = {
+            (top, left, flip): crop.flip(-1) if flip else crop
+            for top in range(5)
+            for left in range(5)
+            for flip in (0, 1)
+            for crop in [picture[:, top : top + 8, left : left + 8]]
+        }
         match = [place for place, window in windows.items() if window.equal(result)]
         assert len(match) == 1
         places.add(match[0])
     assert len(places) > 25  # of 50: each image has its own draw
     still = augment.shift_and_flip(images, 2, False, torch.Generator().manual_seed(0))
-    assert all(any(padded[i, :, top:top + 8, left:left + 8].equal(still[i]) for top in range(5) for left in range(5))
-               for i in range(64))
+    assert all(
+        any(padded[i, :, top : top + 8, left : left + 8].equal(still[i]) for top in range(5) for left in range(5))
+        for i in range(64)
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])

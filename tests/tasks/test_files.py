@@ -44,8 +44,10 @@ def idx_bytes(array: np.ndarray) -> bytes:
 def write_fashion(folder, compress=True, train=100, test=20):
     folder.mkdir(parents=True)
     for stem, count in (("train", train), ("t10k", test)):
-        arrays = {"images-idx3": RNG.integers(0, 256, (count, 28, 28), np.uint8),
-                  "labels-idx1": (np.arange(count) % 10).astype(np.uint8)}
+        arrays = {
+            "images-idx3": RNG.integers(0, 256, (count, 28, 28), np.uint8),
+            "labels-idx1": (np.arange(count) % 10).astype(np.uint8),
+        }
         for kind, array in arrays.items():
             content = idx_bytes(array)
             path = folder / f"{stem}-{kind}-ubyte{'.gz' if compress else ''}"
@@ -132,13 +134,16 @@ def garbage(path):
 
 
 @pytest.mark.parametrize("damage", [truncate, garbage, lambda path: path.unlink(), lambda path: path.write_bytes(b"")])
-@pytest.mark.parametrize(("task", "write", "file"), [
-    ("cifar10", write_cifar10_pickles, "cifar-10-batches-py/data_batch_3"),
-    ("cifar10", write_cifar10_pickles, "cifar-10-batches-py/batches.meta"),
-    ("cifar10", write_cifar10_binary, "cifar-10-batches-bin/data_batch_3.bin"),
-    ("fashion-mnist", write_fashion, "raw/train-images-idx3-ubyte.gz"),
-    ("fashion-mnist", write_fashion, "raw/t10k-labels-idx1-ubyte.gz"),
-])
+@pytest.mark.parametrize(
+    ("task", "write", "file"),
+    [
+        ("cifar10", write_cifar10_pickles, "cifar-10-batches-py/data_batch_3"),
+        ("cifar10", write_cifar10_pickles, "cifar-10-batches-py/batches.meta"),
+        ("cifar10", write_cifar10_binary, "cifar-10-batches-bin/data_batch_3.bin"),
+        ("fashion-mnist", write_fashion, "raw/train-images-idx3-ubyte.gz"),
+        ("fashion-mnist", write_fashion, "raw/t10k-labels-idx1-ubyte.gz"),
+    ],
+)
 def test_damaged_files_are_named(tmp_path, task, write, file, damage):
     path = tmp_path / file
     write(path.parent)

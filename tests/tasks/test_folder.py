@@ -38,7 +38,11 @@ def with_splits(tmp_path):
 def test_a_folder_without_splits_is_split_the_same_way_every_time(plain):
     task, other_seed = open_task(f"folder:{plain}", resolution=16), open_task(f"folder:{plain}", resolution=16, seed=1)
     assert {name: len(split) for name, split in task.splits.items()} == {
-        "train": 19, "search": 5, "trainval": 24, "test": 6}
+        "train": 19,
+        "search": 5,
+        "trainval": 24,
+        "test": 6,
+    }
     assert task.split("test").labels.bincount().tolist() == [2, 4]
     assert task.split("test").indices.equal(other_seed.split("test").indices)  # the seed does not reach the test split
     assert not set(task.split("test").indices.tolist()) & set(task.split("trainval").indices.tolist())
@@ -47,7 +51,12 @@ def test_a_folder_without_splits_is_split_the_same_way_every_time(plain):
 def test_splits_of_the_folder_are_kept(with_splits):
     task = open_task(f"folder:{with_splits}", resolution=70)
     assert {name: len(split) for name, split in task.splits.items()} == {
-        "train": 16, "search": 4, "trainval": 20, "val": 6, "test": 8}
+        "train": 16,
+        "search": 4,
+        "trainval": 20,
+        "val": 6,
+        "test": 8,
+    }
     images, labels = next(task.batches("train", 5, train=True))
     assert images.shape == (4, 3, 70, 70)
     assert labels.dtype == torch.int64
@@ -75,8 +84,11 @@ def test_too_large_to_keep_gives_the_same_images(plain, monkeypatch):
     decoded = open_task(f"folder:{plain}", resolution=16)
     assert decoded.split("test").source.kept is None
     for epoch in (0, 1):
-        for (a, _), (b, _) in zip(kept.batches("train", 4, train=True, epoch=epoch),
-                                  decoded.batches("train", 4, train=True, epoch=epoch), strict=True):
+        for (a, _), (b, _) in zip(
+            kept.batches("train", 4, train=True, epoch=epoch),
+            decoded.batches("train", 4, train=True, epoch=epoch),
+            strict=True,
+        ):
             assert a.equal(b)
 
 

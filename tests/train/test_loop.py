@@ -31,10 +31,20 @@ def few():
 def network(dropout: float = 0.3) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-        nn.Conv2d(16, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Conv2d(32, 32, 3, 2, 1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(dropout), nn.Linear(32, 10))
+        nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(32, 10),
+    )
 
 
 def equal(first: nn.Module, second: nn.Module) -> bool:
@@ -56,12 +66,16 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("recipe", [
-    SHORT,
-    replace(SHORT, optimizer="adamw", learning_rate=0.01, mixup=0.4, cutmix=1.0, randaugment=5),
-    replace(SHORT, ema=None, schedule="linear", precision="bf16"),
-    replace(SHORT, optimizer="rmsprop", learning_rate=0.003, distillation=0.5),
-], ids=["sgd", "adamw-mix", "bf16", "rmsprop-distilled"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        SHORT,
+        replace(SHORT, optimizer="adamw", learning_rate=0.01, mixup=0.4, cutmix=1.0, randaugment=5),
+        replace(SHORT, ema=None, schedule="linear", precision="bf16"),
+        replace(SHORT, optimizer="rmsprop", learning_rate=0.003, distillation=0.5),
+    ],
+    ids=["sgd", "adamw-mix", "bf16", "rmsprop-distilled"],
+)
 def test_a_killed_run_ends_like_an_undisturbed_one(few, tmp_path, recipe):
     undisturbed, teacher = network(), network()
     train(undisturbed, few, recipe, seed=1, teacher=teacher)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
 
 from netsmith.report.networks import pick
-from netsmith.report.numbers import count, milliseconds, number
+from netsmith.report.numbers import count, milliseconds, number, short
 
 TALL, WIDE = 84, 74
 """Pixels of the highest resolution and of the most channels."""
@@ -82,6 +82,8 @@ class Bracket:
     first: str
     last: str
     top: str
+    name: str = ""
+    """The path without what all paths share."""
 
 
 def brackets(epochs: list[dict[str, Any]]) -> list[Bracket]:
@@ -93,7 +95,11 @@ def brackets(epochs: list[dict[str, Any]]) -> list[Bracket]:
             low, high = (number(end) for end in ends) if isinstance(ends, list) and len(ends) == 2 else (None, None)
             if at is not None and low is not None and high is not None:
                 history.setdefault(path, []).append((at, low, high))
-    return [_bracket(path, sorted(points)) for path, points in history.items()]
+    names = short(list(history))
+    return [
+        replace(_bracket(path, sorted(points)), name=name)
+        for name, (path, points) in zip(names, history.items(), strict=True)
+    ]
 
 
 def _bracket(path: str, points: list[tuple[float, float, float]]) -> Bracket:

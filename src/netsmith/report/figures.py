@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from netsmith.report.networks import Network, pick
-from netsmith.report.numbers import interval, is_share, limit, milliseconds, number, quality
+from netsmith.report.numbers import interval, is_share, limit, milliseconds, number, quality, short
 
 COLOURS = ("--c0", "--c1", "--c2", "--c3", "--c4", "--c5")
 SYMBOLS = ("circle", "square", "triangle-up", "pentagon", "star", "hexagon")
@@ -131,7 +131,7 @@ def layers(listed: list[dict[str, Any]]) -> Figure | None:
         return None
     factor, unit = clock(predicted + measured)
     rows = list(range(len(listed)))
-    names = [plain(layer.get("name", ""), 18) for layer in listed]
+    names = [plain(name, 18) for name in short([layer.get("name", "") for layer in listed])]
     texts = [
         f"{plain(layer.get('text', ''), 60)}<br>measured {milliseconds(m)}, predicted {milliseconds(p)}"
         for layer, p, m in zip(listed, predicted, measured, strict=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from netsmith.report.figures import SYMBOLS, Event, Figure, axis, lanes, plain
 from netsmith.report.networks import asked, pick
-from netsmith.report.numbers import number
+from netsmith.report.numbers import number, short
 
 SCALE = [[0, "--low"], [1, "--c0"]]
 HIGH = 110
@@ -76,7 +76,8 @@ def _heat(epochs: list[Event], paths: list[str], names: list[str], members: list
 
 def _axes(paths: list[str], x: dict[str, Any]) -> dict[str, Any]:
     """A row per decision; the same margins everywhere, so that the rows of maps side by side are level."""
-    rows = lanes(list(range(len(paths))), [plain(path, 18) for path in paths]) | {"range": [len(paths) - 0.5, -0.5]}
+    names = [plain(name, 18) for name in short(paths)]
+    rows = lanes(list(range(len(paths))), names) | {"range": [len(paths) - 0.5, -0.5]}
     still = {"showgrid": False, "zeroline": False, "tickangle": "auto"}
     return {"xaxis": x | still, "yaxis": rows, "margin": {"t": 40, "b": 50, "l": 8, "r": 12}}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from math import floor, isfinite, log10
 from typing import Any
 
@@ -144,3 +145,17 @@ def quantity(value: Any, unit: str) -> str:
         return size(value)
     text = count(value)
     return text if text == DASH or unit in ("", "params", "parameters") else f"{text} {unit}"
+
+
+def short(paths: Sequence[str]) -> list[str]:
+    """Names without the leading and trailing parts that all of them share.
+
+    >>> short(["body.r8.stage1_0.ir_k5.hidden", "body.r8.stage2_0.ir_k3.hidden"])
+    ['stage1_0.ir_k5', 'stage2_0.ir_k3']
+    """
+    parts = [str(path).split(".") for path in paths]
+    most = min(map(len, parts), default=1) - 1
+    ahead = next((i for i in range(most) if len({p[i] for p in parts}) > 1), most) if len(parts) > 1 else 0
+    most -= ahead
+    behind = next((i for i in range(most) if len({p[-1 - i] for p in parts}) > 1), most) if len(parts) > 1 else 0
+    return [".".join(p[ahead : len(p) - behind]) for p in parts]

@@ -19,8 +19,16 @@ TASKS = {
 """Name on the command line -> what it is."""
 
 
-def open_task(name: str, data: Path | None = None, *, resolution: int | None = None, seed: int = 0,
-              limit: int | None = None, search_fraction: float = 0.2) -> Task:
+def open_task(
+    name: str,
+    data: Path | None = None,
+    *,
+    resolution: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    search_fraction: float = 0.2,
+) -> Task:
     """The task of that name; see `netsmith.tasks.classification.open_task`."""
     return import_module("netsmith.tasks.classification").open_task(
-        name, data, resolution=resolution, seed=seed, limit=limit, search_fraction=search_fraction)
+        name, data, resolution=resolution, seed=seed, limit=limit, search_fraction=search_fraction
+    )

@@ -93,8 +93,18 @@ class Task:
         """The same task, sharing `touched`, that refuses to hand out the test split: what a search gets."""
         return replace(self, sealed=True)
 
-    def batches(self, split: str, batch_size: int, *, train: bool, seed: int = 0, epoch: int = 0, start: int = 0,
-                randaugment: int = 0, device: str | torch.device = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self,
+        split: str,
+        batch_size: int,
+        *,
+        train: bool,
+        seed: int = 0,
+        epoch: int = 0,
+        start: int = 0,
+        randaugment: int = 0,
+        device: str | torch.device = "cpu",
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of `split`: images float32 `(n, C, H, W)` in channels-last memory, labels int64 `(n,)`.
 
         With `train` the images are shuffled and augmented, by draws that depend on seed, epoch and batch number alone;
@@ -123,14 +133,21 @@ class Task:
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 `(n, C, side, side)` -> what the network sees: the middle, float32 `(n, C, resolution, resolution)`."""
         edge = (pixels.shape[-1] - self.resolution) // 2
-        pixels = pixels[..., edge:edge + self.resolution, edge:edge + self.resolution]
+        pixels = pixels[..., edge : edge + self.resolution, edge : edge + self.resolution]
         mean = torch.tensor(self.mean, device=pixels.device).view(1, -1, 1, 1) * 255
         std = torch.tensor(self.std, device=pixels.device).view(1, -1, 1, 1) * 255
         return pixels.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
 
 
-def open_task(name: str, data: Path | None = None, *, resolution: int | None = None, seed: int = 0,
-              limit: int | None = None, search_fraction: float = 0.2) -> Task:
+def open_task(
+    name: str,
+    data: Path | None = None,
+    *,
+    resolution: int | None = None,
+    seed: int = 0,
+    limit: int | None = None,
+    search_fraction: float = 0.2,
+) -> Task:
     """Open one of `TASKS`.
 
     `data`: the folder that holds the files (default: the environment variable NETSMITH_DATA, ./data, or ../shared/data
@@ -193,17 +210,27 @@ def _from_arrays(name: str, arrays: files.Arrays, resolution: int | None) -> Tas
     def split(images: np.ndarray, labels: np.ndarray) -> Split:
         tensor = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
         if resolution not in (None, tensor.shape[-1]):
-            parts = [F.interpolate(part, size=(resolution, resolution), mode="bilinear", antialias=True)
-                     for part in tensor.split(1000)]
+            parts = [
+                F.interpolate(part, size=(resolution, resolution), mode="bilinear", antialias=True)
+                for part in tensor.split(1000)
+            ]
             tensor = torch.cat(parts)
         return Split(tensor, torch.arange(len(tensor)), torch.from_numpy(labels.astype(np.int64)))
 
     return Task(
-        name=name, class_names=arrays.class_names, channels=arrays.train_images.shape[-1],
+        name=name,
+        class_names=arrays.class_names,
+        channels=arrays.train_images.shape[-1],
         resolution=resolution or arrays.train_images.shape[1],
-        mean=tuple(mean.tolist()), std=tuple(std.tolist()), source=str(arrays.source), flip=name != "digits",
-        splits={"train": split(arrays.train_images, arrays.train_labels),
-                "test": split(arrays.test_images, arrays.test_labels)})
+        mean=tuple(mean.tolist()),
+        std=tuple(std.tolist()),
+        source=str(arrays.source),
+        flip=name != "digits",
+        splits={
+            "train": split(arrays.train_images, arrays.train_labels),
+            "test": split(arrays.test_images, arrays.test_labels),
+        },
+    )
 
 
 def _from_folder(name: str, directory: Path, resolution: int) -> Task:
@@ -224,8 +251,16 @@ def _from_folder(name: str, directory: Path, resolution: int) -> Task:
         splits.update(train=everything.subset(train), test=everything.subset(test))
     # ImageNet's mean and std: the images' own would mean decoding every one before the first batch.
     mean, std = IMAGENET
-    return Task(name=name, class_names=class_names, channels=3, resolution=resolution, mean=mean, std=std,
-                source=str(directory), splits=splits)
+    return Task(
+        name=name,
+        class_names=class_names,
+        channels=3,
+        resolution=resolution,
+        mean=mean,
+        std=std,
+        source=str(directory),
+        splits=splits,
+    )
 
 
 def _balanced(labels: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -238,8 +273,12 @@ def _balanced(labels: Tensor, count: int, generator: torch.Generator) -> tuple[T
     quota = np.floor(shares).astype(int)
     for c in np.argsort(quota - shares, kind="stable")[: count - quota.sum()]:
         quota[c] += 1
-    chosen = torch.cat([members[torch.randperm(len(members), generator=generator)[:n]]
-                        for members, n in zip(of_class, quota.tolist(), strict=True)])
+    chosen = torch.cat(
+        [
+            members[torch.randperm(len(members), generator=generator)[:n]]
+            for members, n in zip(of_class, quota.tolist(), strict=True)
+        ]
+    )
     rest = torch.ones(len(labels), dtype=torch.bool)
     rest[chosen] = False
     return chosen.sort().values, rest.nonzero().flatten()

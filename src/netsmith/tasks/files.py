@@ -22,8 +22,21 @@ import numpy as np
 
 from netsmith.errors import UserError
 
-BROKEN = (OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error, zlib.error,
-          pickle.UnpicklingError, zipfile.BadZipFile, MemoryError, OverflowError)
+BROKEN = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    AttributeError,
+    struct.error,
+    zlib.error,
+    pickle.UnpicklingError,
+    zipfile.BadZipFile,
+    MemoryError,
+    OverflowError,
+)
 LARGEST = 4 << 30  # bytes; a header that asks for more is taken for a damaged one
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -50,12 +63,19 @@ def digits() -> Arrays:
     test = np.concatenate([(of := order[bunch.target[order] == c])[: len(of) // 5] for c in range(10)])
     train = np.setdiff1d(np.arange(len(images)), test)
     labels = bunch.target.astype(np.int64)
-    return Arrays(images[train], labels[train], images[test], labels[test], tuple("0123456789"),
-                  Path("sklearn.datasets.load_digits"))
+    return Arrays(
+        images[train],
+        labels[train],
+        images[test],
+        labels[test],
+        tuple("0123456789"),
+        Path("sklearn.datasets.load_digits"),
+    )
 
 
 def cifar10(roots: list[Path]) -> Arrays:
     """CIFAR-10 from Python batches, binary batches, or the 10,000-image pack, whichever is found first."""
+
     def names(folder: Path, file: str) -> tuple[str, ...]:
         path = folder / file
         if file.endswith(".txt"):
@@ -64,11 +84,21 @@ def cifar10(roots: list[Path]) -> Arrays:
 
     parts = [f"data_batch_{i}" for i in range(1, 6)]
     if folder := _find(roots, "cifar-10-batches-py"):
-        return _cifar(folder, names(folder, "batches.meta"), [folder / p for p in parts], [folder / "test_batch"],
-                      lambda path: _cifar_pickle(path, b"labels"))
+        return _cifar(
+            folder,
+            names(folder, "batches.meta"),
+            [folder / p for p in parts],
+            [folder / "test_batch"],
+            lambda path: _cifar_pickle(path, b"labels"),
+        )
     if folder := _find(roots, "cifar-10-batches-bin"):
-        return _cifar(folder, names(folder, "batches.meta.txt"), [folder / f"{p}.bin" for p in parts],
-                      [folder / "test_batch.bin"], lambda path: _cifar_binary(path, label_bytes=1))
+        return _cifar(
+            folder,
+            names(folder, "batches.meta.txt"),
+            [folder / f"{p}.bin" for p in parts],
+            [folder / "test_batch.bin"],
+            lambda path: _cifar_binary(path, label_bytes=1),
+        )
     if path := _find(roots, "cifar10_small.npz"):
         return _small_pack(path)
     raise _missing("cifar10", ["cifar-10-batches-py/", "cifar-10-batches-bin/", "cifar10_small.npz"], roots)
@@ -78,18 +108,25 @@ def cifar100(roots: list[Path]) -> Arrays:
     """CIFAR-100 (the 100 fine labels) from Python or binary files."""
     if folder := _find(roots, "cifar-100-python"):
         names = tuple(name.decode() for name in _unpickle(folder / "meta", b"fine_label_names")[0])
-        return _cifar(folder, names, [folder / "train"], [folder / "test"],
-                      lambda path: _cifar_pickle(path, b"fine_labels"))
+        return _cifar(
+            folder, names, [folder / "train"], [folder / "test"], lambda path: _cifar_pickle(path, b"fine_labels")
+        )
     if folder := _find(roots, "cifar-100-binary"):
         path = folder / "fine_label_names.txt"
         names = tuple(_reading(path, lambda: path.read_text().split()))
-        return _cifar(folder, names, [folder / "train.bin"], [folder / "test.bin"],
-                      lambda path: _cifar_binary(path, label_bytes=2))
+        return _cifar(
+            folder,
+            names,
+            [folder / "train.bin"],
+            [folder / "test.bin"],
+            lambda path: _cifar_binary(path, label_bytes=2),
+        )
     raise _missing("cifar100", ["cifar-100-python/", "cifar-100-binary/"], roots)
 
 
 def fashion_mnist(roots: list[Path]) -> Arrays:
     """Fashion-MNIST from its four IDX files, compressed or not."""
+
     def idx(stem: str) -> np.ndarray:
         path = _find(folders, stem) or _find(folders, stem + ".gz")
         if path is None:
@@ -105,8 +142,9 @@ def fashion_mnist(roots: list[Path]) -> Arrays:
 
 def read_idx(path: Path) -> np.ndarray:
     """A uint8 IDX file (big-endian: 0, 0, type 8, dimensions, sizes, bytes), gzip'd or not."""
+
     def read() -> np.ndarray:
-        with (gzip.open(path) if path.suffix == ".gz" else open(path, "rb")) as file:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             zero, kind, dimensions = struct.unpack(">HBB", file.read(4))
             if zero or kind != 8 or dimensions not in (1, 3):
                 raise ValueError(f"not an IDX file of bytes (it starts with {zero}, {kind}, {dimensions})")
@@ -160,8 +198,13 @@ def _cifar_binary(path: Path, label_bytes: int) -> tuple[np.ndarray, np.ndarray]
     return _reading(path, read)
 
 
-def _cifar(folder: Path, class_names: tuple[str, ...], train: list[Path], test: list[Path],
-           read: Callable[[Path], tuple[np.ndarray, np.ndarray]]) -> Arrays:
+def _cifar(
+    folder: Path,
+    class_names: tuple[str, ...],
+    train: list[Path],
+    test: list[Path],
+    read: Callable[[Path], tuple[np.ndarray, np.ndarray]],
+) -> Arrays:
     def join(paths: list[Path]) -> tuple[np.ndarray, np.ndarray]:
         parts = []
         for path in paths:
@@ -180,15 +223,23 @@ def _small_pack(path: Path) -> Arrays:
     def read() -> Arrays:
         # A file of our own: numpy leaves the one it opens itself open when the archive is damaged.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as pack:
-            return Arrays(pack["x_train"], pack["y_train"], pack["x_test"], pack["y_test"],
-                          tuple(str(name) for name in pack["classes"]), path)
+            return Arrays(
+                pack["x_train"],
+                pack["y_train"],
+                pack["x_test"],
+                pack["y_test"],
+                tuple(str(name) for name in pack["classes"]),
+                path,
+            )
 
     return _checked(_reading(path, read))
 
 
 def _checked(arrays: Arrays) -> Arrays:
-    for part, images, labels in (("train", arrays.train_images, arrays.train_labels),
-                                 ("test", arrays.test_images, arrays.test_labels)):
+    for part, images, labels in (
+        ("train", arrays.train_images, arrays.train_labels),
+        ("test", arrays.test_images, arrays.test_labels),
+    ):
         if images.dtype != np.uint8 or images.ndim != 4 or labels.shape != (len(images),):
             raise UserError(f"{arrays.source} is damaged: {part} images are {images.shape}, labels {labels.shape}")
         if not len(images):
@@ -205,8 +256,10 @@ def _find(roots: list[Path], name: str) -> Path | None:
 
 def _missing(task: str, names: list[str], roots: list[Path]) -> UserError:
     looked = ", ".join(dict.fromkeys(str(root) for root in roots if root.is_dir())) or "no folder that exists"
-    return UserError(f"{task}: found none of {', '.join(names)} in {looked}; "
-                     "name the folder that holds them (data, or the environment variable NETSMITH_DATA)")
+    return UserError(
+        f"{task}: found none of {', '.join(names)} in {looked}; "
+        "name the folder that holds them (data, or the environment variable NETSMITH_DATA)"
+    )
 
 
 def _reading(path: Path, read: Callable[[], Any]) -> Any:

@@ -109,8 +109,9 @@ def find_images(directory: Path) -> tuple[dict[str, tuple[list[ImageFile], list[
     for split, files in found.items():
         if strange := {name for name, _ in files} - set(names):
             raise UserError(f"folder:{directory}: {split} has class {sorted(strange)[0]!r}, which train has not")
-    return {split: ([file for _, file in files], [names.index(name) for name, _ in files])
-            for split, files in found.items()}, names
+    return {
+        split: ([file for _, file in files], [names.index(name) for name, _ in files]) for split, files in found.items()
+    }, names
 
 
 def _list(directory: Path) -> Iterator[tuple[tuple[str, ...], ImageFile]]:

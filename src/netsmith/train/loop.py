@@ -43,10 +43,21 @@ class History:
         return self.epochs[-1].get("accuracy") if self.epochs else None
 
 
-def train(module: nn.Module, task: Task, recipe: Recipe, *, split: str = "train", seed: int = 0,
-          teacher: nn.Module | None = None, checkpoint: Path | None = None, checkpoint_steps: int | None = None,
-          on_epoch: Callable[[dict[str, float]], None] | None = None, device: str | torch.device = "cpu",
-          epochs: int | None = None, evaluate_on: str | None = None) -> History:
+def train(
+    module: nn.Module,
+    task: Task,
+    recipe: Recipe,
+    *,
+    split: str = "train",
+    seed: int = 0,
+    teacher: nn.Module | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_steps: int | None = None,
+    on_epoch: Callable[[dict[str, float]], None] | None = None,
+    device: str | torch.device = "cpu",
+    epochs: int | None = None,
+    evaluate_on: str | None = None,
+) -> History:
     """Train `module` in place on a split; it ends on `device`, in eval mode, with the averaged weights.
 
     `module` maps images `(n, C, H, W)` to logits `(n, classes)`. `epochs` stops early, though the schedule spans
@@ -89,8 +100,9 @@ def train(module: nn.Module, task: Task, recipe: Recipe, *, split: str = "train"
     return run.history
 
 
-def evaluate(module: nn.Module, task: Task, split: str, *, device: str | torch.device = "cpu",
-             batch_size: int = 256) -> float:
+def evaluate(
+    module: nn.Module, task: Task, split: str, *, device: str | torch.device = "cpu", batch_size: int = 256
+) -> float:
     """Top-1 accuracy on a split, 0 to 1. `module` is moved to `device` and left in the mode it was in."""
     training = module.training
     module.to(device).eval()
@@ -145,8 +157,16 @@ class _Training:
     def train_epoch(self, checkpoint: Path | None, save_every: int | None) -> dict[str, float]:
         """The rest of the epoch; returns its entry in the history."""
         self.module.train()
-        batches = self.task.batches(self.split, self.recipe.batch_size, train=True, seed=self.seed, epoch=self.epoch,
-                                    start=self.step, randaugment=self.recipe.randaugment, device=self.device)
+        batches = self.task.batches(
+            self.split,
+            self.recipe.batch_size,
+            train=True,
+            seed=self.seed,
+            epoch=self.epoch,
+            start=self.step,
+            randaugment=self.recipe.randaugment,
+            device=self.device,
+        )
         start, waited, rate = time.perf_counter(), 0.0, 0.0
         pending: list[Tensor] = []
         while self.step < self.steps:
@@ -165,8 +185,13 @@ class _Training:
             if saves and not ends and checkpoint is not None:
                 self.save(checkpoint)
         seconds = time.perf_counter() - start
-        done = {"epoch": self.epoch + 1, "loss": sum(self.losses) / self.steps, "learning_rate": rate,
-                "seconds": seconds, "data_share": waited / seconds}
+        done = {
+            "epoch": self.epoch + 1,
+            "loss": sum(self.losses) / self.steps,
+            "learning_rate": rate,
+            "seconds": seconds,
+            "data_share": waited / seconds,
+        }
         self.epoch, self.step, self.losses = self.epoch + 1, 0, []
         return done
 
@@ -211,15 +236,25 @@ class _Training:
             self.diverged("a weight became infinite", self.step - 1)
 
     def diverged(self, what: str, step: int) -> None:
-        raise UserError(f"training broke down: {what} in epoch {self.epoch + 1}, step {step + 1} of {self.steps}, at "
-                        f"learning rate {self.rate(step):.3g}; a lower recipe.learning_rate may help")
+        raise UserError(
+            f"training broke down: {what} in epoch {self.epoch + 1}, step {step + 1} of {self.steps}, at "
+            f"learning rate {self.rate(step):.3g}; a lower recipe.learning_rate may help"
+        )
 
     def save(self, path: Path) -> None:
-        save_state(path, {
-            "run": self.identity(), "epoch": self.epoch, "step": self.step, "losses": self.losses,
-            "history": self.history.epochs, "module": self.module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state_dict() if self.average else None})
+        save_state(
+            path,
+            {
+                "run": self.identity(),
+                "epoch": self.epoch,
+                "step": self.step,
+                "losses": self.losses,
+                "history": self.history.epochs,
+                "module": self.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.average.state_dict() if self.average else None,
+            },
+        )
 
     def load(self, path: Path, last: int) -> None:
         state = load_state(path)
@@ -241,8 +276,15 @@ class _Training:
     def identity(self) -> dict[str, Any]:
         """What must agree for a checkpoint to be of this training."""
         shapes = {name: list(tensor.shape) for name, tensor in self.module.state_dict().items()}
-        return {"task": self.task.name, "images": self.images, "input": list(self.task.input_shape),
-                "split": self.split, "seed": self.seed, **asdict(self.recipe), "the network": shapes}
+        return {
+            "task": self.task.name,
+            "images": self.images,
+            "input": list(self.task.input_shape),
+            "split": self.split,
+            "seed": self.seed,
+            **asdict(self.recipe),
+            "the network": shapes,
+        }
 
 
 def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
@@ -250,8 +292,11 @@ def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Te
         return None
     from torchvision.transforms import v2
 
-    mixes = [kind(alpha=alpha, num_classes=classes)
-             for kind, alpha in ((v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix)) if alpha]
+    mixes = [
+        kind(alpha=alpha, num_classes=classes)
+        for kind, alpha in ((v2.MixUp, recipe.mixup), (v2.CutMix, recipe.cutmix))
+        if alpha
+    ]
     return v2.RandomChoice(mixes)
 
 

@@ -11,8 +11,10 @@ from netsmith.train.recipe import Recipe
 def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The optimizer over all parameters that want gradients; weight decay on those of two and more dimensions only."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "rmsprop":
         # torch's has eps outside the root, the rate outside the momentum and starts at 0: a different optimizer
@@ -23,8 +25,9 @@ def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     # fused: one kernel for all tensors; a small network has 100 of them and would wait for Python otherwise.
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999), fused=True)
-    return torch.optim.SGD(groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0,
-                           fused=True)
+    return torch.optim.SGD(
+        groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True
+    )
 
 
 class Average:

@@ -69,11 +69,12 @@ class Recipe:
     def default(cls, task: Task) -> Recipe:
         """A sensible start for the task's number and size of images, for networks of up to some million parameters."""
         images = len(task.splits["trainval"])
-        # Small sets need more passes: about 400,000 images are seen, in 15 to 40 epochs, of large images to 60.
-        epochs = max(15, min(60 if task.resolution >= 64 else 40, round(400_000 / images)))
+        # Small sets need more passes: about 400,000 images are seen, in 15 to 40 epochs; of tiny images up to 24, of
+        # large ones up to 60.
+        most = 60 if task.resolution >= 64 else 40 if task.resolution > 12 else 24
+        epochs = max(15, min(most, round(400_000 / images)))
         # On 8,000 images, steps matter more than large batches.
         batch_size = 64 if images <= 20_000 else 128
         # The average looks back over a twentieth of the training.
         ema = round(1 - 20 / max(1000, epochs * images / batch_size), 5)
-        return cls(epochs=epochs, batch_size=batch_size, ema=ema,
-                   learning_rate=0.05 if task.resolution >= 64 else 0.1)
+        return cls(epochs=epochs, batch_size=batch_size, ema=ema, learning_rate=0.05 if task.resolution >= 64 else 0.1)
