@@ -41,7 +41,8 @@ def test_a_device_that_is_not_what_the_table_says(kept, share, factor):
     found, limit, device = kept(share, lambda predicted, _: factor * predicted)
     assert 0.95 * limit <= found.measured["latency"] <= limit
     assert found.measured["latency"] == pytest.approx(factor * found.predicted["latency"])
-    assert found.rounds == device.timed == (1 if factor == 1.0 else 2)
+    assert found.rounds == (1 if factor == 1.0 else 2)
+    assert found.rounds <= device.timed <= 2 * found.rounds  # what is close to its limit is timed twice
 
 
 @pytest.mark.parametrize("share", SHARES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 from torch import nn
@@ -22,10 +23,15 @@ from netsmith.search.allocate import Infeasible
 from netsmith.search.problem import Problem
 from netsmith.ship.export import export
 
-AIM = 0.985
-"""Share of the limit that a correction aims at: the knapsack fills what it is given, the meter repeats within 1 %."""
+AIM = 0.98
+"""Share of the limit that a correction aims at: the knapsack fills what it is given, and the same file measured in
+another process differs by 1.2 % (standard deviation; three jobs on two cores). At 0.985 two of 20 were 0.4 % over."""
 ENOUGH = 0.95
 """Share of the limit from which a kept network is good enough to stop."""
+CLOSE = 0.97
+"""Share of the limit from which a time that keeps it is taken twice, and the slower one counts."""
+PATIENCE = 3
+"""Rounds after which any network that keeps its budgets will do."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +77,8 @@ def _keep(
     scale = {budget.metric: AIM if _measurable(budget, time_file) else 1.0 for budget in budgets}
     best: Kept | None = None
     previous: Architecture = {}
-    worst, measurings = "", 0
+    ratios: dict[str, list[float]] = {budget.metric: [] for budget in budgets}
+    worst, measurings, was_broken = "", 0, False
     for number in range(1, rounds + 1):
         try:
             architecture = problem.allocate(values, budgets, scale)
@@ -99,11 +106,14 @@ def _keep(
             )
         if not broken and (best is None or _use(budgets, measured) > _use(budgets, best.measured)):
             best = Kept(architecture, predicted, measured, number)
-        if not broken and _use(budgets, measured) >= ENOUGH:
+        if (not broken and _use(budgets, measured) >= ENOUGH) or (best and number >= PATIENCE):
             break
+        swung, was_broken = number > 1 and bool(broken) != was_broken, bool(broken)
         for b in budgets:
             if _measurable(b, time_file):
-                scale[b.metric] = AIM * predicted[b.metric] / measured[b.metric]
+                ratios[b.metric].append(predicted[b.metric] / measured[b.metric])
+                # Networks differ in how wrong the table is about them: after one on each side of the limit, the mean.
+                scale[b.metric] = AIM * geometric_mean(ratios[b.metric][-2 if swung else -1 :])
         if broken:
             b = broken[0]
             worst = f"{b} was measured at {show(measured[b.metric], b.unit)}"
@@ -141,7 +151,8 @@ def _measured(budget: Budget, predicted: float, file: Path, time_file: Callable[
     if budget.metric == "file":
         return float(file.stat().st_size)
     if budget.metric == "latency" and time_file is not None:
-        return time_file(file)
+        first = time_file(file)
+        return max(first, time_file(file)) if CLOSE * budget.limit < first <= budget.limit else first
     return predicted
 
 
