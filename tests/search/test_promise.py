@@ -81,7 +81,7 @@ def test_the_best_kept_network_stays_when_a_later_round_breaks(kept):
     # Round 1 lands at 90 %; every further one, larger, breaks the budget.
     found, limit, device = kept(0.5, lambda predicted, number: predicted * (0.9 if number == 1 else 1.3))
     assert found.measured["latency"] <= limit
-    assert device.timed == found.rounds > 1
+    assert device.timed >= found.rounds > 1
 
 
 def test_a_budget_just_above_the_smallest_network(kept):
