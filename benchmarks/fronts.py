@@ -1,12 +1,12 @@
 """Accuracy at equal measured latency and equal search compute: who earns its place?
 
-    python benchmarks/fronts.py --task cifar10 --budgets 80us,160us,320us --seeds 0,1,2    # hours; may be killed, goes on
+    python benchmarks/fronts.py --task cifar10 --budgets 80us,160us,320us --seeds 0,1,2    # hours; goes on after a kill
     python benchmarks/fronts.py --summary                                                  # the table of what is there
 
 Every line of `results/fronts.jsonl` is one network: searched on `train` and `search`, trained by one recipe on both,
-its exported file timed on one thread, and scored once on `test`. `best_of` gets as many candidates as PruNet's search of
-the same budget and seed took processor seconds. MobileNetV2 and V3 are scaled until their file is within 2 % of the
-limit. Several processes may share the work: each takes what no other has begun.
+its exported file timed on one thread, and scored once on `test`. `best_of` gets as many candidates as PruNet's search
+of the same budget and seed took processor seconds. MobileNetV2 and V3 are scaled until their file is within 2 % of the
+limit. What has a line already is not done again; give each process seeds of its own.
 """
 
 from __future__ import annotations
@@ -54,10 +54,9 @@ def method_options(name: str, front: list[dict], key: dict, job: Job) -> dict:
     if name == "prunet":
         return {"race_epochs": (1, RANKING_EPOCHS), "steps": {"epochs": 8, "warmup_epochs": 2}}
     if name == "fbnet":
-        options = {"race_epochs": (1, RANKING_EPOCHS), "steps": {"epochs": 8, "warmup_epochs": 2}, "paths": "one"}
-        return options
+        return {"race_epochs": (1, RANKING_EPOCHS), "steps": {"epochs": 8, "warmup_epochs": 2}}
     if name == "best_of":
-        (rival,) = [r for r in front if r["method"] == "prunet" and all(r[k] == key[k] for k in ("task", "budget", "seed"))]
+        (rival,) = [r for r in front if {name: r[name] for name in key} == key | {"method": "prunet"}]
         per_candidate = seconds_per_candidate(job)
         return {"candidates": max(3, round(rival["search_cpu_seconds"] / per_candidate)), "epochs": RANKING_EPOCHS}
     return {}
@@ -67,7 +66,8 @@ def seconds_per_candidate(job: Job) -> float:
     """Processor seconds of one short training at this budget."""
     started = time.process_time()
     generator = torch.Generator().manual_seed(1)
-    race(job.problem, job.run, "calibrate", [at_budget(job.problem, job.problem.budgets[0], generator)], epochs=(RANKING_EPOCHS,))
+    entrant = at_budget(job.problem, job.problem.budgets[0], generator)
+    race(job.problem, job.run, "calibrate", [entrant], epochs=(RANKING_EPOCHS,))
     return time.process_time() - started
 
 
@@ -143,8 +143,17 @@ def load() -> list[dict]:
 
 def summary(rows: list[dict]) -> str:
     """Per task and budget: mean accuracy with its spread over seeds, and the lead over best_of in its own noise."""
-    lines = ["| task | budget | method | seeds | accuracy % (sd) | lead over best_of (se) | latency/limit | search core-s |",
-             "|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    titles = (
+        "task",
+        "budget",
+        "method",
+        "seeds",
+        "accuracy % (sd)",
+        "lead over best_of (se)",
+        "latency/limit",
+        "search core-s",
+    )
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for task, budget in sorted({(r["task"], r["budget"]) for r in rows}):
         group = [r for r in rows if (r["task"], r["budget"]) == (task, budget)]
         rival = {r["seed"]: 100 * r["accuracy"] for r in group if r["method"] == "best_of"}
@@ -154,12 +163,11 @@ def summary(rows: list[dict]) -> str:
                 continue
             accuracy = [100 * r["accuracy"] for r in mine.values()]
             leads = [100 * mine[seed]["accuracy"] - rival[seed] for seed in mine if seed in rival]
-            lead = "" if name == "best_of" or not leads else f"{statistics.mean(leads):+.2f} ({_sd(leads) / len(leads) ** 0.5:.2f})"
-            lines.append(
-                f"| {task} | {budget} | {name} | {len(mine)} | {statistics.mean(accuracy):.2f} ({_sd(accuracy):.2f}) | {lead} | "
-                f"{statistics.median(r['latency_ms'] / r['limit_ms'] for r in mine.values()):.3f} | "
-                f"{statistics.mean(r['search_cpu_seconds'] for r in mine.values()):.0f} |"
-            )
+            lead = f"{statistics.mean(leads):+.2f} ({_sd(leads) / len(leads) ** 0.5:.2f})" if leads else ""
+            used = statistics.median(r["latency_ms"] / r["limit_ms"] for r in mine.values())
+            spent = statistics.mean(r["search_cpu_seconds"] for r in mine.values())
+            cells = task, budget, name, len(mine), f"{statistics.mean(accuracy):.2f} ({_sd(accuracy):.2f})", lead
+            lines.append(f"| {' | '.join(map(str, cells))} | {used:.3f} | {spent:.0f} |")
     return "\n".join(lines)
 
 
