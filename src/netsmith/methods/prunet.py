@@ -414,13 +414,16 @@ class Pruning:
     def values(self) -> Options:
         """What the search has learned, as a value per option; the knapsack does the rest under the hard budget.
 
-        A block counts with log p, a removed one with the log of what it had to stay above; a skip with log (1 - s). A
-        width counts with the log of itself up to the width found and grows slowly beyond, so that slack is spent.
+        A block counts with log p among the blocks, a removed one with -4; staying with log s, a skip with log (1 - s).
+        A width counts with the log of its share of the width found, so that a block at its found width counts for
+        itself alone, and grows slowly beyond it, so that slack is spent.
         """
         values = {path: dict(row) for path, row in capacity(self.problem).items()}
         alive = decisions(self.supernet)
         for path, layer in self.layers().items():
-            p = dict(zip(layer.options, layer.logits.detach().log_softmax(0).tolist(), strict=True))
+            blocks = [i for i, option in enumerate(layer.options) if option != SKIP]
+            log_p = layer.logits.detach()[blocks].log_softmax(0).tolist()
+            p = {layer.options[i]: value for i, value in zip(blocks, log_p, strict=True)}
             s = self._staying(path, layer)
             for option in values[path]:
                 if option == SKIP:
@@ -431,7 +434,7 @@ class Pruning:
             found = prunode.hidden.options[prunode.high if path in alive else prunode.low]
             for width in values[path]:
                 n = int(width)
-                values[path][width] = math.log(min(n, found)) + 0.25 * math.log(max(n, found) / found)
+                values[path][width] = math.log(min(n, found) / found) + 0.25 * math.log(max(n, found) / found)
         return values
 
     def _staying(self, path: str, layer: OneOf) -> float:
