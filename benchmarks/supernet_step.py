@@ -99,14 +99,15 @@ Step = Callable[[], None]
 
 def ours(name: str) -> tuple[Step, Step | None]:
     """(weight step, architecture step) of "largest", "fixed", "fbnet-PATHS" or "prunet-COPIES-PATHS[-WIDTHS]"."""
+    kind, *options = name.split("-")
+    if kind in ("largest", "fixed"):  # runs in NNI's Python too
+        option = {"largest": "k5_e6", "fixed": "k3_e3"}[kind]
+        return plain_step(network(lambda i, o, s: blocks(i, o, s)[option])), None
+
     from netsmith.methods.fbnet import FBNet, _Supernet
     from netsmith.methods.prunet import PruNet, Pruning
     from netsmith.search.differentiable import Steps, _Loop
 
-    kind, *options = name.split("-")
-    if kind in ("largest", "fixed"):
-        option = {"largest": "k5_e6", "fixed": "k3_e3"}[kind]
-        return plain_step(network(lambda i, o, s: blocks(i, o, s)[option])), None
     if kind == "fbnet":
         from netsmith.decisions import OneOf
 
@@ -246,7 +247,7 @@ def serve(name: str, which: str) -> None:
         step()
         print(time.process_time() - started, flush=True)
     grown = resident() - before
-    print(json.dumps({"saved": saved_bytes(step), "grown": grown}), flush=True)
+    print(json.dumps({"saved": saved_bytes(step), "grown": grown, "torch": torch.__version__}), flush=True)
 
 
 # The one who asks. ----------------------------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def serve(name: str, which: str) -> None:
 
 class Worker:
     def __init__(self, python: str, name: str, which: str) -> None:
-        self.name, self.which, self.seconds = name, which, []
+        self.python, self.name, self.which, self.seconds = python, name, which, []
         paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
         self.process = subprocess.Popen(
             [python, __file__, "--serve", name, which],
@@ -292,10 +293,10 @@ def compare(workers: list[Worker], rounds: int) -> list[dict]:
     rows = []
     for worker in workers:
         times = sorted(worker.seconds)
-        rows.append({"name": worker.name, "step": worker.which, "seconds": statistics.median(times),
-                     "quartiles": [times[len(times) // 4], times[-1 - len(times) // 4]], **worker.end()})  # fmt: skip
-    largest = rows[0]
-    for row in rows:
+        row = {"name": worker.name, "step": worker.which, "seconds": statistics.median(times),
+               "quartiles": [times[len(times) // 4], times[-1 - len(times) // 4]], **worker.end()}  # fmt: skip
+        rows.append(row)
+        largest = next(other for other in rows if (other["torch"], other["name"]) == (row["torch"], "largest"))
         for key in ("seconds", "saved", "grown"):
             row[f"{key}_ratio"] = row[key] / largest[key]
     return rows
@@ -408,6 +409,7 @@ def main() -> None:
     for name in ("fbnet-all", "fbnet-one", *prunets):
         kinds += [(own, name, "weight"), (own, name, "architecture")]
     if asked.nni_python:
+        kinds.append((asked.nni_python, "largest", "weight"))  # their torch may be another
         for name in ("nni-darts", "nni-proxyless"):
             kinds += [(asked.nni_python, name, "weight"), (asked.nni_python, name, "architecture")]
     rows = compare([Worker(*kind) for kind in kinds], asked.rounds)
