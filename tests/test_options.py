@@ -125,7 +125,9 @@ def test_a_run_says_everything_and_can_be_asked_again(tmp_path):
     with prepare(options, tmp_path / "a", command=["netsmith", "search"]) as run:
         problem = run.problem
     assert problem["space"] == "prunet_small"
-    assert problem["space_options"] == {"classes": 10, "channels": 1, "resolution": 8}
+    step = problem["space_options"]["step"]  # the device's staircase
+    assert step in (4, 8, 16, 32)
+    assert problem["space_options"] == {"classes": 10, "channels": 1, "resolution": 8, "step": step}
     assert problem["method_options"]["steps"] == {"warmup_epochs": 2, "momentum": 0.5, "epochs": 8}
     assert (problem["recipe"]["epochs"], problem["recipe"]["ema"], problem["recipe"]["batch_size"]) == (2, None, 64)
     Recipe(**problem["recipe"])

@@ -191,7 +191,7 @@ class Calibration:
         if not measured:
             return cls()
         import numpy as np
-        from scipy.optimize import lsq_linear
+        from scipy.optimize import nnls
 
         times = np.asarray(measured, float)
         columns = np.concatenate([np.ones((len(times), 1)), np.asarray(networks, float)], 1)
@@ -199,9 +199,13 @@ class Calibration:
         rows = columns[:, used] / times[:, None]
         size = np.linalg.norm(rows, axis=0)  # columns of one size: the solver's tolerances are absolute
         size[size == 0] = 1.0
-        free = np.where(np.array(used) == 2, -np.inf, 0.0)
-        solved = lsq_linear(rows / size, np.ones(len(times)), bounds=(free, np.inf), tol=1e-14, lsmr_tol="auto")
-        solution = solved.x / size
+        scaled = rows / size
+        signed = np.concatenate([scaled, -scaled[:, [i == 2 for i in used]]], 1)  # per_layer may be negative
+        weights, _ = nnls(signed, np.ones(len(times)))
+        solution = weights[: len(used)]
+        if 2 in used:
+            solution[used.index(2)] -= weights[-1]
+        solution = solution / size
         constant, scale, per_layer, per_weight = (
             dict(zip(used, map(float, solution), strict=True)).get(i, 0.0) for i in range(4)
         )
