@@ -155,6 +155,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=40.0, help="for timing the networks of a case")
     parser.add_argument("--beside", action=argparse.BooleanOptionalAction, default=True, help="train on the other core")
     parser.add_argument("--again", action="store_true", help="time the unseen networks twice: what is noise")
+    parser.add_argument("--name", default="latency_table", help="of the file of results")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     started = machine()
@@ -167,7 +168,7 @@ def main() -> None:
             name, pixels = text.split("@")
             rows.append(case(name, int(pixels), asked.calibration, asked.unseen, asked.seconds, asked.again))
             print(lines_of(rows[-1]), flush=True)
-    save("latency_table", started, asked=ASKED, beside=asked.beside, threads=1, cases=rows)
+    save(asked.name, started, asked=ASKED, beside=asked.beside, threads=1, cases=rows)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def ours(name: str) -> tuple[Step, Step | None]:
         problem = problem_of(lambda: network(open_widths(count)))
         method = PruNet(copies=options[0], paths=options[1], headroom=0.0, check_every=10**9)
         searcher = Pruning(method, problem, problem.budgets[0], {})
-    loop = _Loop(problem, searcher, Steps(warmup_epochs=10**9))
+    loop = _Loop(problem, searcher, Steps(epochs=1000, warmup_epochs=100))  # nothing is pruned
     generator = torch.Generator().manual_seed(0)
     return lambda: loop.train_epoch(0), lambda: loop._learn_architecture(generator, 0)
 
@@ -241,13 +241,13 @@ def serve(name: str, which: str) -> None:
     step()
     print("ready", flush=True)
     for line in sys.stdin:
-        if line.strip() == "end":
-            break
-        started = time.process_time()
-        step()
-        print(time.process_time() - started, flush=True)
-    grown = resident() - before
-    print(json.dumps({"saved": saved_bytes(step), "grown": grown, "torch": torch.__version__}), flush=True)
+        if line.strip() != "end":
+            started = time.process_time()
+            step()
+            print(time.process_time() - started, flush=True)
+            continue
+        grown = resident() - before
+        print(json.dumps({"saved": saved_bytes(step), "grown": grown, "torch": torch.__version__}), flush=True)
 
 
 # The one who asks. ----------------------------------------------------------------------------------------------------
@@ -282,6 +282,8 @@ class Worker:
 
     def end(self) -> dict:
         memory = json.loads(self.ask("end"))
+        assert self.process.stdin is not None
+        self.process.stdin.close()
         self.process.wait()
         return memory
 
@@ -339,7 +341,9 @@ def over_a_search(copies: str, paths: str, headroom: float, epochs: int, steps: 
         for parameter in frozen:
             parameter.requires_grad_(False)
         searcher.draw(generator, learning=True)
-        searcher.objective(F.cross_entropy(searcher.supernet(batch.images), batch.labels)).backward()
+        loss = searcher.objective(F.cross_entropy(searcher.supernet(batch.images), batch.labels))
+        if loss.requires_grad:  # else all is decided
+            loss.backward()
         for parameter in frozen:
             parameter.requires_grad_(True)
 
