@@ -414,9 +414,9 @@ class Pruning:
     def values(self) -> Options:
         """What the search has learned, as a value per option; the knapsack does the rest under the hard budget.
 
-        A block counts with log p among the blocks, a removed one with -4; staying with log s, a skip with log (1 - s).
-        A width counts with the log of its share of the width found, so that a block at its found width counts for
-        itself alone, and grows slowly beyond it, so that slack is spent.
+        A skip counts nothing and a block 0.05 + s * (2 + log p / p_max), with log at least -2: always more than a skip,
+        so that slack brings back a layer, and more the surer the search was. A width counts with the log of its share
+        of the width found and grows slowly beyond: halving a width costs a third of dropping a sure layer.
         """
         values = {path: dict(row) for path, row in capacity(self.problem).items()}
         alive = decisions(self.supernet)
@@ -426,10 +426,8 @@ class Pruning:
             p = {layer.options[i]: value for i, value in zip(blocks, log_p, strict=True)}
             s = self._staying(path, layer)
             for option in values[path]:
-                if option == SKIP:
-                    values[path][option] = math.log(max(1e-3, 1 - s))
-                else:
-                    values[path][option] = math.log(max(1e-3, s)) + max(p.get(option, -4.0), -4.0)
+                lead = max(p.get(option, -math.inf) - max(log_p, default=0.0), -2.0)
+                values[path][option] = 0.0 if option == SKIP else 0.05 + s * (2 + lead)
         for path, prunode in self.prunodes.items():
             found = prunode.hidden.options[prunode.high if path in alive else prunode.low]
             for width in values[path]:
