@@ -98,8 +98,8 @@ def profile(
     new, spent = len(table.entries(fingerprint)) - before, time.perf_counter() - started
     error: dict[str, Any] | None = None
     if not isinstance(device, TableDevice):
-        say.stage("whole networks: 10 to calibrate on" + (f", {networks} to test" if networks else ""))
         known = calibration_networks(space, seed, raw=latency.raw)
+        say.stage(f"whole networks: {len(known)} to calibrate on" + (f", {networks} to test" if networks else ""))
         unseen = calibration_networks(space, seed + 1, networks)
         times = calibrate(space, shape, device, latency, [*known, *unseen], seconds=0.8 * (len(known) + networks))
         latency = latency.calibrated(known, times[: len(known)])

@@ -111,7 +111,7 @@ def test_from_inside_a_point(run, monkeypatch, place):
     folder, network = run
     weights.save(folder / place, network, json.loads((folder / "architecture.json").read_text()))
     monkeypatch.chdir(folder / place)
-    netsmith.load(".")
+    assert str(netsmith.load(".")) == str(network)
 
 
 def truncate(file: Path) -> None:
