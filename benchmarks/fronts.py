@@ -1,12 +1,14 @@
 """Accuracy at equal measured latency and equal search compute: who earns its place?
 
-    python benchmarks/fronts.py --task cifar10 --budgets 80us,160us,320us --seeds 0,1,2    # hours; goes on after a kill
+    python benchmarks/fronts.py --task cifar10 --budgets 80us,120us,180us --seeds 0,1,2    # hours; goes on after a kill
+    python benchmarks/fronts.py --task fashion-mnist --images 10000 --seeds 0,1,2
     python benchmarks/fronts.py --summary                                                  # the table of what is there
 
 Every line of `results/fronts.jsonl` is one network: searched on `train` and `search`, trained by one recipe on both,
-its exported file timed on one thread, and scored once on `test`. `best_of` gets as many candidates as PruNet's search
-of the same budget and seed took processor seconds. MobileNetV2 and V3 are scaled until their file is within 2 % of the
-limit. What has a line already is not done again; give each process seeds of its own.
+its exported file timed on one thread, and scored once on `test`. A method searches the whole front at once. `best_of`
+gets as many candidates as PruNet's search with the same seed took processor seconds. MobileNetV2 and V3 are scaled
+until their file is within 2 % of the limit. What has a line already is not done again; give each process seeds of its
+own.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -50,91 +53,124 @@ class Quiet:
         print(text, flush=True)
 
 
-def method_options(name: str, front: list[dict], key: dict, job: Job) -> dict:
-    if name == "prunet":
-        return {"race_epochs": (1, RANKING_EPOCHS), "steps": {"epochs": 8, "warmup_epochs": 2}}
-    if name == "fbnet":
-        return {"race_epochs": (1, RANKING_EPOCHS), "steps": {"epochs": 8, "warmup_epochs": 2}}
-    if name == "best_of":
-        (rival,) = [r for r in front if {name: r[name] for name in key} == key | {"method": "prunet"}]
-        per_candidate = seconds_per_candidate(job)
-        return {"candidates": max(3, round(rival["search_cpu_seconds"] / per_candidate)), "epochs": RANKING_EPOCHS}
-    return {}
+def method_options(name: str, key: dict, job: Job) -> dict:
+    if name != "best_of":
+        return {}
+    seconds = sum(r["search_cpu_seconds"] for r in load() if {n: r[n] for n in key} == key | {"method": "prunet"})
+    assert seconds, "best_of needs PruNet's search with this seed: it gets as many processor seconds"
+    return {"candidates": max(3, round(seconds / seconds_per_candidate(job))), "epochs": RANKING_EPOCHS}
 
 
 def seconds_per_candidate(job: Job) -> float:
-    """Processor seconds of one short training at this budget."""
+    """Processor seconds of one short training at each budget, together."""
     started = time.process_time()
     generator = torch.Generator().manual_seed(1)
-    entrant = at_budget(job.problem, job.problem.budgets[0], generator)
-    race(job.problem, job.run, "calibrate", [entrant], epochs=(RANKING_EPOCHS,))
+    entrants = [at_budget(job.problem, budgets, generator) for budgets in job.problem.budgets]
+    race(job.problem, job.run, "calibrate", entrants, epochs=(RANKING_EPOCHS,))
     return time.process_time() - started
 
 
-def searched(job: Job, name: str, options: dict, seed: int) -> tuple[nn.Module, dict]:
+def searched(job: Job, name: str, key: dict) -> dict:
+    """Values for every budget, and the processor seconds they took."""
+    options = method_options(name, key, job)
     started = time.process_time()
-    (values,) = make_method(name, options).search(job.problem, job.run)
-    seconds = time.process_time() - started
-    kept = keep(job.problem, job.run, name, values, job.problem.budgets[0], job.time_file)
-    details = {"architecture": kept.architecture, "rounds": kept.rounds, "search_cpu_seconds": round(seconds, 1)}
-    return job.problem.network(kept.architecture), details | {"options": options}
+    found = make_method(name, options).search(job.problem, job.run)
+    pairs = [[[path, list(row.items())] for path, row in values.items()] for values in found]
+    return {"options": options, "seconds": time.process_time() - started, "values": pairs}
 
 
-def scaled_mobilenet(job: Job, build: Callable[..., nn.Module]) -> tuple[nn.Module, dict]:
-    """The width multiplier at which the file just keeps the budget, by bisection over measured files."""
-    limit, task = job.problem.budgets[0][0].limit, job.task
-    low, high, best = 0.05, 2.0, None
+def scaled_mobilenet(job: Job, build: Callable[..., nn.Module], limit: float) -> tuple[nn.Module, dict] | None:
+    """Scaled as EfficientNet scales (depth 1.2^phi, width 1.1^phi, arXiv:1905.11946 section 3.3) until the measured file
+    is within the limit, then widened until it just is. None where not even the narrowest and shallowest is."""
+    task = job.task
+
+    def share(depth: float, width: float) -> tuple[float, nn.Module]:
+        network = build(
+            width=width, depth=depth, classes=task.classes, channels=task.channels, resolution=task.resolution
+        )
+        timed = measure({"x": job.device.load(network, task.input_shape)}, seconds=3.0)["x"]
+        return timed.median_ms / limit, network
+
+    phi = 0.0
+    while (used := share(1.2**phi, 1.1**phi))[0] > 1 and phi > -10:
+        phi -= 1
+    depth, low, high = 1.2**phi, 1.1**phi if used[0] <= 1 else 0.05, 2.0
+    best = used if used[0] <= 1 else share(depth, low)
+    if best[0] > 1:
+        return None
     for _ in range(9):
+        if best[0] >= 0.98:
+            break
         width = (low * high) ** 0.5
-        network = build(width=width, classes=task.classes, channels=task.channels, resolution=task.resolution)
-        used = job.device.load(network, task.input_shape)
-        share = measure({"x": used}, seconds=3.0)["x"].median_ms / limit
-        if share <= 1:
-            low, best = width, network
+        used = share(depth, width)
+        if used[0] <= 1:
+            low, best = width, max(best, used, key=lambda found: found[0])
         else:
             high = width
-        if 0.98 <= share <= 1:
-            break
-    assert best is not None
-    return best, {"width": low, "search_cpu_seconds": 0.0}
+    return best[1], {"depth": depth, "width": low, "search_cpu_seconds": 0.0}
 
 
-def one(task_name: str, budget: str, seed: int, name: str, epochs: int, work: Path) -> dict:
-    task = open_task(task_name)
+def front(key: dict, budgets: list[str], epochs: int, images: int | None, work: Path) -> Iterator[dict]:
+    """One row per budget that has none."""
+    name = key["method"]
+    task = open_task(key["task"], limit=images)
     recipe = dataclasses.replace(Recipe.default(task), epochs=epochs)
     space = "fbnet_small" if name == "fbnet" else "prunet_small"
     problem = {
-        "method": name, "space": space, "task": task_name, "seed": seed, "device": "ort-cpu", "baselines": [],
+        **key, "space": space, "device": "ort-cpu", "baselines": [], "images": images,
         "space_options": {"classes": task.classes, "channels": task.channels, "resolution": task.resolution},
-        "budget": [f"latency<={budget}"], "recipe": dataclasses.asdict(recipe), "method_options": {},
+        "budget": [f"latency<={','.join(budgets)}"], "recipe": dataclasses.asdict(recipe), "method_options": {},
     }  # fmt: skip
-    key = {"task": task_name, "budget": budget, "seed": seed, "method": name}
-    with Run.create(work / "-".join(map(str, key.values())), problem) as run:
+    folder = work / "-".join(map(str, key.values()))
+    if (
+        not (folder / "stages" / "searched.json").exists()
+        or "value" not in (folder / "stages/searched.json").read_text()
+    ):
+        shutil.rmtree(folder, ignore_errors=True)  # a search that went on after a kill would not know its whole time
+    with Run.create(folder, problem) as run:
         job = Job(run, Quiet())
-        torch.manual_seed(seed)
-        if name.startswith("mobilenet"):
-            network, details = scaled_mobilenet(job, mobilenet_v2 if name == "mobilenet_v2" else mobilenet_v3)
-        else:
-            network, details = searched(job, name, method_options(name, load(), key, job), seed)
-        torch.manual_seed(seed)
-        started = time.process_time()
-        train(network, task, recipe, split="trainval", seed=seed, checkpoint=run.checkpoint("final.pt"))
-        trained = time.process_time() - started
-        file = export(network, task.input_shape, run.path / "model.onnx")
-        latency = measure({"x": job.device.load(file, task.input_shape)})["x"]
-        return key | {
-            "space": space,
-            "accuracy": evaluate(network, task, "test"),
-            "latency_ms": latency.median_ms,
-            "ci95": latency.ci95,
-            "limit_ms": job.problem.budgets[0][0].limit,
-            "params": sum(p.numel() for p in network.parameters()),
-            "macs": count_macs(network, task.input_shape),
-            "epochs": epochs,
-            "train_cpu_seconds": round(trained, 1),
-            **details,
-            "machine": machine(),
-        }
+        job.task = task
+        search = {} if name.startswith("mobilenet") else run.once("searched", lambda: searched(job, name, key))
+        for number, budget in enumerate(budgets):
+            limit = job.problem.budgets[number][0].limit
+            row = key | {"budget": budget, "space": space, "images": len(task.split("trainval"))}
+            if row_of(load(), row) is not None:
+                continue
+            torch.manual_seed(key["seed"])
+            if search:
+                values = {path: {option: value for option, value in pairs} for path, pairs in search["values"][number]}
+                kept = keep(job.problem, run, budget, values, job.problem.budgets[number], job.time_file)
+                network = job.problem.network(kept.architecture)
+                details = {"search_cpu_seconds": round(search["seconds"] / len(budgets), 1), "rounds": kept.rounds}
+                details |= {"options": search["options"], "architecture": kept.architecture}
+            else:
+                build = mobilenet_v2 if name == "mobilenet_v2" else mobilenet_v3
+                if (scaled := scaled_mobilenet(job, build, limit)) is None:
+                    print(f"{name} has no network within {budget}", flush=True)
+                    continue
+                network, details = scaled
+            yield row | trained(job, network, budget, epochs) | {"limit_ms": limit} | details | {"machine": machine()}
+
+
+def trained(job: Job, network: nn.Module, budget: str, epochs: int) -> dict:
+    task, seed = job.task, job.asked["seed"]
+    torch.manual_seed(seed)
+    started = time.process_time()
+    train(network, task, job.recipe, split="trainval", seed=seed, checkpoint=job.run.checkpoint(f"{budget}.pt"))
+    seconds = time.process_time() - started
+    latency = job.time_file(export(network, task.input_shape, job.run.path / f"{budget}.onnx"))
+    return {
+        "accuracy": evaluate(network, task, "test"),
+        "latency_ms": latency,
+        "params": sum(p.numel() for p in network.parameters()),
+        "macs": count_macs(network, task.input_shape),
+        "epochs": epochs,
+        "train_cpu_seconds": round(seconds, 1),
+    }
+
+
+def row_of(rows: list[dict], key: dict) -> dict | None:
+    return next((r for r in rows if all(r[n] == key[n] for n in ("task", "budget", "seed", "method"))), None)
 
 
 def load() -> list[dict]:
@@ -178,24 +214,22 @@ def _sd(values: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="cifar10")
-    parser.add_argument("--budgets", default="80us,160us,320us")
+    parser.add_argument("--budgets", default="80us,120us,180us")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--images", type=int, help="of the training images; all without it")
     parser.add_argument("--work", type=Path, default=Path("runs/fronts"))
     parser.add_argument("--summary", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)  # two processes on two cores do more than two threads
-    for seed in map(int, options.seeds.split(",")):
-        for budget in options.budgets.split(","):
-            for name in options.methods.split(","):
-                done = {(r["task"], r["budget"], r["seed"], r["method"]) for r in load()}
-                if options.summary or (options.task, budget, seed, name) in done:
-                    continue
-                row = one(options.task, budget, seed, name, options.epochs, options.work)
+    for seed in [] if options.summary else map(int, options.seeds.split(",")):
+        for name in options.methods.split(","):
+            key = {"task": options.task, "seed": seed, "method": name}
+            for row in front(key, options.budgets.split(","), options.epochs, options.images, options.work):
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-                print(f"{options.task} {budget} seed {seed} {name}: {row['accuracy']:.4f}", flush=True)
+                print(f"{row['task']} {row['budget']} seed {seed} {name}: {row['accuracy']:.4f}", flush=True)
     print(summary(load()))
 
 

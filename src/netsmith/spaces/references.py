@@ -7,7 +7,7 @@ GPUNet (Wang et al. 2022, arXiv:2205.00841; NVIDIA/DeepLearningExamples, GPUNet 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 from torch import nn
@@ -95,20 +95,22 @@ def mobilenet_v2(
     channels: int = 3,
     resolution: int = 224,
     *,
+    depth: float = 1.0,
     strides: Sequence[int] | None = None,
     dropout: float = 0.2,
 ) -> nn.Module:
     """MobileNetV2 with all channels times ``width``.
 
-    Args: ``strides`` of stem and stages, eight numbers; by default the published ones, the first of them set to 1 on
-    small images (see `fitting_strides`).
+    Args: ``depth`` scales the layers of each stage, rounded up (as EfficientNet does it); ``strides`` of stem and
+    stages, eight numbers; by default the published ones, the first of them set to 1 on small images (see
+    `fitting_strides`).
     """
     stem, *firsts = _strides(strides, V2_STRIDES, resolution)
     inputs = make_divisible(32 * width)
     layers: list[nn.Module] = [ConvBn(channels, inputs, 3, stride=stem, act="relu6")]
     for (expansion, base, repeats), first in zip(V2_STAGES, firsts, strict=True):
         outputs = make_divisible(base * width)
-        for stride in (first, *[1] * (repeats - 1)):
+        for stride in (first, *[1] * (math.ceil(depth * repeats) - 1)):
             hidden = expansion * inputs
             layers.append(MBConv(inputs, outputs, hidden=hidden, stride=stride, act="relu6", expand=expansion > 1))
             inputs = outputs
@@ -123,12 +125,14 @@ def mobilenet_v3(
     resolution: int = 224,
     *,
     size: str = "large",
+    depth: float = 1.0,
     strides: Sequence[int] | None = None,
     dropout: float = 0.2,
 ) -> nn.Module:
     """MobileNetV3-large or -small with all channels times ``width``.
 
-    Args: ``strides`` of stem and blocks (16 numbers for large, 12 for small); by default as in `mobilenet_v2`.
+    Args: ``depth`` as in `mobilenet_v2`, a stage being the blocks with the same output channels; its first ones stay;
+    ``strides`` of stem and blocks (16 numbers for large, 12 for small); by default as in `mobilenet_v2`.
 
     Raises: UserError for an unknown size.
     """
@@ -142,7 +146,12 @@ def mobilenet_v3(
     stem, *firsts = _strides(strides, (2, *(int(row[-1]) for row in rows)), resolution)
     inputs = scaled(16)
     layers: list[nn.Module] = [ConvBn(channels, inputs, 3, stride=stem, act="hardswish", eps=1e-3)]
+    stages = Counter(row[2] for row in rows)
+    built: Counter[str] = Counter()
     for (kernel, wide, base, se, act, _), stride in zip(rows, firsts, strict=True):
+        if built[base] == math.ceil(depth * stages[base]):
+            continue
+        built[base] += 1
         hidden, outputs = scaled(int(wide)), scaled(int(base))
         layers.append(
             MBConv(
