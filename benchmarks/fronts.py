@@ -80,8 +80,8 @@ def searched(job: Job, name: str, key: dict) -> dict:
 
 
 def scaled_mobilenet(job: Job, build: Callable[..., nn.Module], limit: float) -> tuple[nn.Module, dict] | None:
-    """Scaled as EfficientNet scales (depth 1.2^phi, width 1.1^phi, arXiv:1905.11946 section 3.3) until the measured file
-    is within the limit, then widened until it just is. None where not even the narrowest and shallowest is."""
+    """Scaled as EfficientNet scales (depth 1.2^phi, width 1.1^phi, arXiv:1905.11946 section 3.3) until the measured
+    file is within the limit, then widened until it just is. None where not even the narrowest and shallowest is."""
     task = job.task
 
     def share(depth: float, width: float) -> tuple[float, nn.Module]:
@@ -122,11 +122,9 @@ def front(key: dict, budgets: list[str], epochs: int, images: int | None, work: 
         "budget": [f"latency<={','.join(budgets)}"], "recipe": dataclasses.asdict(recipe), "method_options": {},
     }  # fmt: skip
     folder = work / "-".join(map(str, key.values()))
-    if (
-        not (folder / "stages" / "searched.json").exists()
-        or "value" not in (folder / "stages/searched.json").read_text()
-    ):
-        shutil.rmtree(folder, ignore_errors=True)  # a search that went on after a kill would not know its whole time
+    finished = folder / "stages" / "searched.json"
+    if not finished.exists() or '"value"' not in finished.read_text():
+        shutil.rmtree(folder, ignore_errors=True)  # a search that goes on after a kill would not know its whole time
     with Run.create(folder, problem) as run:
         job = Job(run, Quiet())
         job.task = task
@@ -138,7 +136,7 @@ def front(key: dict, budgets: list[str], epochs: int, images: int | None, work: 
                 continue
             torch.manual_seed(key["seed"])
             if search:
-                values = {path: {option: value for option, value in pairs} for path, pairs in search["values"][number]}
+                values = {path: dict(pairs) for path, pairs in search["values"][number]}
                 kept = keep(job.problem, run, budget, values, job.problem.budgets[number], job.time_file)
                 network = job.problem.network(kept.architecture)
                 details = {"search_cpu_seconds": round(search["seconds"] / len(budgets), 1), "rounds": kept.rounds}

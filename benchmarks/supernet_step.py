@@ -311,6 +311,7 @@ def over_a_search(copies: str, paths: str, headroom: float, epochs: int, steps: 
     """
     from netsmith.methods.prunet import PruNet, Pruning
     from netsmith.search.differentiable import Steps, _Loop
+    from netsmith.search.sampling import capacity
     from netsmith.tasks import open_task
 
     torch.manual_seed(0)
@@ -318,7 +319,8 @@ def over_a_search(copies: str, paths: str, headroom: float, epochs: int, steps: 
     task = open_task("cifar10", limit=round(2 * steps * small), search_fraction=0.5)
     problem = problem_of(lambda: network(open_widths(0)))
     problem.task = task.without_test()
-    searcher = Pruning(PruNet(copies=copies, paths=paths, headroom=headroom), problem, problem.budgets[0], {})
+    start = problem.allocate(capacity(problem), problem.budgets[0])
+    searcher = Pruning(PruNet(copies=copies, paths=paths, headroom=headroom), problem, problem.budgets[0], start)
     loop = _Loop(problem, searcher, Steps(epochs=epochs, warmup_epochs=epochs // 5, batch_size=small))
     largest = ours("largest")[0]
     batch, found = Batch(), []

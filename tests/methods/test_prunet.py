@@ -17,9 +17,10 @@ from netsmith.architecture import enumerate_architectures
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
 from netsmith.cost.prices import expected
 from netsmith.decisions import Draw, OneOf, Width, decisions
-from netsmith.methods.prunet import PruNet, Pruning, Prunode, loosest
+from netsmith.methods.prunet import PruNet, Pruning, Prunode
 from netsmith.run import read_events
 from netsmith.search.differentiable import Steps, _Loop, learn, remove_option, weights
+from netsmith.search.sampling import at_budget
 
 COPIES = pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
 
@@ -405,7 +406,7 @@ def test_a_depth_gate_is_a_skip_candidate_of_the_rest_of_the_probability():
 
 
 def test_skip_is_absent_before_its_time():
-    searcher = lopsided(pruning())
+    searcher = lopsided(pruning(layers_from=0.5))
     optimizer = adam(searcher)
     ran = []
     for layer in searcher.layers().values():
@@ -576,7 +577,7 @@ def test_removed_prunodes_free_their_weights():
 # Fronts -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("headroom", [0.0, 1.5])
+@pytest.mark.parametrize("headroom", [0.0, 2.0])
 def test_budgets_of_a_front_share_the_warm_up_under_their_own_ceilings(headroom, tmp_path):
     problem = problem_of(shares=(0.1, 0.8), task=stripes(64))
     search("prunet", tmp_path / "run", problem=problem, headroom=headroom)
@@ -592,9 +593,61 @@ def test_budgets_of_a_front_share_the_warm_up_under_their_own_ceilings(headroom,
         assert max(top["prune-0"]) < max(top["prune-1"])
 
 
-def test_the_loosest_of_several_budgets():
-    problem = problem_of(shares=(0.2, 0.7, 0.4))
-    assert loosest(problem.budgets) == problem.budgets[1]
+# The supernet around a network -------------------------------------------------------------------------------------
+
+
+def around(share: float = 0.5, **options) -> tuple[Pruning, dict]:
+    problem = problem_of(macro, shares=(share,))
+    start = at_budget(problem, problem.budgets[0], torch.Generator().manual_seed(3))
+    return Pruning(PruNet(**options), problem, problem.budgets[0], start), start
+
+
+@pytest.mark.parametrize("share", [0.15, 0.3, 0.6])
+@pytest.mark.parametrize("headroom", [1.0, 2.0])
+def test_the_supernet_holds_its_start_and_no_dearer_layers(share, headroom):
+    searcher, start = around(share, headroom=headroom)
+    prices = searcher.problem.latency
+    for path, layer in searcher.layers().items():
+        if start[path] == "skip":
+            assert layer.options == ["skip"]
+            continue
+        assert start[path] in layer.options
+        inside = f"{path}.{start[path]}.hidden"
+        own = prices.at(path, start[path]) + (prices.at(inside, start[inside]) if inside in start else 0.0)
+        for block in layer.options:
+            if (node := searcher.prunodes.get(f"{path}.{block}.hidden")) is not None:
+                widths = node.hidden.options
+                assert len(widths) >= 2
+                assert all(prices.at(f"{path}.{block}.hidden", n) <= headroom * own * (1 + 1e-9) for n in widths[2:])
+        if inside in start and (node := searcher.prunodes.get(inside)) is not None:
+            assert start[inside] in node.hidden.options
+
+
+def test_layers_that_were_never_opened_are_worth_no_width():
+    searcher, start = next(found for share in (0.1, 0.15, 0.2) if "skip" in (found := around(share))[1].values())
+    values = searcher.values()
+    skipped = [path for path, option in start.items() if option == "skip"]
+    for path, (layer, _) in searcher.problem.parents.items():
+        if layer in skipped:
+            assert set(values[path].values()) == {0.0}
+    for layer in skipped:
+        assert values[layer]["skip"] == 0 < max(values[layer].values()) < 0.1
+
+
+def test_the_aim_falls_from_where_the_supernet_starts_to_the_budget():
+    """The cost term is |E / aim - 1|: it vanishes at the start, and at E = T from `settled` on."""
+    searcher, _ = around(0.2, headroom=0.0)
+    assert searcher.first_excess > 0
+    nothing = torch.zeros(())
+    weight = searcher.method.weight
+    searcher.progress = 0.0
+    assert searcher.objective(nothing).item() == pytest.approx(0, abs=1e-5)
+    for progress in (searcher.method.settled, 1.0):
+        searcher.progress = progress
+        assert searcher.objective(nothing).item() == pytest.approx(weight * searcher.excess(), rel=1e-5)
+    searcher.progress = searcher.method.settled / 2
+    share = (1 + searcher.first_excess) / (1 + searcher.first_excess / 2)
+    assert searcher.objective(nothing).item() == pytest.approx(weight * (share - 1), rel=1e-4)
 
 
 def test_the_toy_has_more_than_one_structure():

@@ -63,6 +63,11 @@ class Atom:
         """This block at a fixed width (with fresh weights)."""
         return self.module.at(width)  # pyright: ignore[reportCallIssue]
 
+    @property
+    def signature(self) -> tuple:
+        """Alike for atoms that cost the same: spaces repeat the same few blocks many times."""
+        return (repr(self.module), *(p.shape for p in self.module.parameters()), self.shape)
+
 
 def atoms(supernet: nn.Module, input_shape: Shape) -> list[Atom]:
     """All atoms with their input shapes, found by one forward pass of a copy without numbers through every option.
@@ -123,9 +128,8 @@ def tabulate(supernet: nn.Module, price: Price, input_shape: Shape) -> Prices:
     constant = 0.0
     options: Options = {p: dict.fromkeys(d.options, 0.0) for p, d in decisions(supernet).items()}
     for atom in atoms(supernet, input_shape):
-        # Spaces repeat the same few blocks many times: what prints alike and has the same input costs the same.
         widths = tuple(options[atom.width]) if atom.width is not None else ()
-        key = (repr(atom.module), *(p.shape for p in atom.module.parameters()), widths, atom.shape)
+        key = (*atom.signature, widths)
         if key not in known:
             known[key] = _along(price, atom, widths) if widths else price(atom.module, atom.shape)
         found = known[key]

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options, expected
-from netsmith.decisions import Decision, Draw, OneOf, Option, Width, decisions
+from netsmith.decisions import Architecture, Decision, Draw, OneOf, Option, Width, decisions
 from netsmith.gates import Gate, Gumbel, softmax
 from netsmith.run import Run
 from netsmith.search.differentiable import Steps, latency_factor, learn, relative_excess, remove_option
 from netsmith.search.problem import Problem, prefer
-from netsmith.search.race import finalists, race, settle
-from netsmith.search.sampling import capacity
+from netsmith.search.race import finalists, race, within_each
+from netsmith.search.sampling import at_budget, capacity
 
 SKIP = "skip"
 
@@ -49,10 +49,14 @@ class PruNet:
     """What a weight step runs in each layer. all: every block and both widths, mixed, as in the paper; one: a single
     path drawn from the probabilities. On CIFAR-10 the mixture's loss was 1.99 after 80 processor seconds, that of
     single paths 2.27 after 90: many more steps, but each trains an eighth of the weights."""
-    headroom: float = 1.5
-    """Widths start below a cap at which the deepest and dearest network costs this many budgets (ours). The widest
-    network of a space is often ten budgets, and training that first teaches little about small ones. 0: no cap."""
-    check_every: int = 5
+    starts: int = 4
+    """Random networks at the budget that race, beside the no-search ones, to be what the supernet is built around
+    (ours)."""
+    headroom: float = 2.0
+    """A layer of the supernet may cost this many times what it costs in the network that it is built around, and only
+    that network's layers are there (ours). The largest network of a space is often ten budgets: training that teaches
+    little about small ones, and with all layers open the widths collapsed before any layer went. 0: the whole space."""
+    check_every: int = 8
     """Architecture steps between two moves of a Prunode (K; ours)."""
     confidence: float = 0.55
     """Probability from which a Prunode trusts its better width (tau; ours)."""
@@ -60,8 +64,11 @@ class PruNet:
     """Double the move when the same side wins again (ours)."""
     block_threshold: float = 0.5
     """Tier 2's threshold at the end; it rises linearly from 0 at the end of the warm-up (ours)."""
-    layers_from: float = 0.5
-    """Part of the search after which layers may go (ours)."""
+    layers_from: float = 0.25
+    """Part of the search after which layers may go (the paper: "halfway"; ours is shorter and starts smaller)."""
+    settled: float = 0.75
+    """Part of the search after which the expected cost has to be at the budget; until then the aim falls linearly from
+    where the supernet starts, so that what is worth least goes first, and not everything at once (ours)."""
     layer_start: float = 0.7
     """A layer's weight when skipping is introduced (s; 0.9 would lie above the margin and keep every layer)."""
     layer_margin: float = 0.4
@@ -80,38 +87,42 @@ class PruNet:
     """Networks drawn around the result and trained briefly; the best is kept (FBNet's way of ending)."""
     noise: float = 0.5
     """Gumbel noise on the values when drawing them (ours)."""
-    race_epochs: tuple[int, ...] = (2,)
-    """Lengths of the short trainings (ours)."""
+    race_epochs: tuple[int, ...] = (1, 4)
+    """Lengths of the short trainings: the best third of one length goes on to the next (ours)."""
 
     def search(self, problem: Problem, run: Run) -> list[Options]:
-        return [self._search_one(problem, run, i, budgets) for i, budgets in enumerate(problem.budgets)]
+        starts = [self._start(problem, run, f"start-{i}", budgets) for i, budgets in enumerate(problem.budgets)]
+        return [self._prune(problem, run, i, starts) for i in range(len(starts))]
 
-    def _search_one(self, problem: Problem, run: Run, number: int, budgets: Sequence[Budget]) -> Options:
-        chosen = settle(problem, run, f"settle-{number}", budgets, capacity(problem), epochs=self.race_epochs)
+    def _start(self, problem: Problem, run: Run, name: str, budgets: Sequence[Budget]) -> Architecture:
+        """The network that the supernet is built around. Strides, stage widths and depth move accuracy more than all
+        else, and in one supernet they would cost a network per option: they race."""
+        generator = torch.Generator().manual_seed(run.seed(name))
+        entrants = within_each(problem, budgets, capacity(problem), problem.structural)
+        entrants += [at_budget(problem, budgets, generator) for _ in range(self.starts)]
+        return entrants[0] if len(entrants) == 1 else race(problem, run, name, entrants, epochs=self.race_epochs)[0][0]
 
-        def make(budgets: Sequence[Budget] = budgets) -> Pruning:
-            return Pruning(self, problem, budgets, chosen)
+    def _prune(self, problem: Problem, run: Run, number: int, starts: Sequence[Architecture]) -> Options:
+        budgets, start = problem.budgets[number], starts[number]
+        chosen = {path: option for path, option in start.items() if path in problem.structural}
+        alike = [i for i, other in enumerate(starts) if all(other.get(path) == chosen[path] for path in chosen)]
 
-        warm = "-".join(["warm", *map(str, chosen.values())])
+        def make(number: int = number) -> Pruning:
+            return Pruning(self, problem, problem.budgets[number], starts[number])
+
         warmup = min(self.steps.warmup_epochs, self.steps.epochs)
-        if warmup:
-            learn(problem, run, warm, lambda: make(loosest(problem.budgets)), self.steps, until=warmup)
+        warm = f"warm-{alike[0]}"
+        if warmup:  # shared by the budgets of one structure, in the supernet of the dearest
+            dearest = max(alike, key=lambda i: problem.latency.of(starts[i]))
+            learn(problem, run, warm, lambda: make(dearest), self.steps, until=warmup)
         after = run.checkpoint(f"{warm}.pt") if warmup else None
         searcher = learn(problem, run, f"prune-{number}", make, self.steps, after=after)
         assert isinstance(searcher, Pruning)
         values = prefer(searcher.values(), chosen, 1e3)
         generator = torch.Generator().manual_seed(run.seed(f"finalists-{number}"))
-        drawn = finalists(problem, budgets, values, self.samples, generator, self.noise)
+        drawn = [start, *finalists(problem, budgets, values, self.samples, generator, self.noise)]
         best, _ = race(problem, run, f"finalists-{number}", drawn, epochs=self.race_epochs)[0]
         return prefer(values, best, 1e3)
-
-
-def loosest(budgets: Sequence[Sequence[Budget]]) -> list[Budget]:
-    """The largest limit of each metric: what a warm-up that all budgets share has to serve."""
-    found: dict[str, Budget] = {}
-    for budget in (budget for point in budgets for budget in point):
-        found[budget.metric] = max(budget, found.get(budget.metric, budget), key=lambda b: b.limit)
-    return list(found.values())
 
 
 class Prunode(nn.Module):
@@ -219,51 +230,50 @@ def _holds_hidden(name: str, axis: int) -> bool:
 class Pruning:
     """The state of one search under one budget."""
 
-    def __init__(self, method: PruNet, problem: Problem, budgets: Sequence[Budget], chosen: dict) -> None:
+    def __init__(self, method: PruNet, problem: Problem, budgets: Sequence[Budget], start: Architecture) -> None:
         self.method, self.problem = method, problem
         self.targets = {b.metric: b.limit for b in budgets if b.metric in problem.prices}
+        if not self.targets:  # peak memory alone, which has no expectation: the size of the start stands for it
+            self.targets = {"macs": problem.prices["macs"].of(start)}
         self.supernet = problem.build()
-        for path, option in chosen.items():
-            decision = decisions(self.supernet)[path]
-            for other in [o for o in decision.options if o != option]:
-                decision.remove(other)
-        self.structural = set(chosen)
+        self.structural = set(problem.structural)
+        for path in problem.structural:
+            if path in start:
+                decision = decisions(self.supernet)[path]
+                for other in [o for o in decision.options if o != start[path]]:
+                    decision.remove(other)
+        self.unopened: set[str] = set()
+        """Layers that were left out from the start."""
         if method.headroom:
-            self._lower_ceiling(method.headroom)
+            self._shrink(start)
         self.prunodes = self._insert_prunodes() if method.prunode else {}
         self.depth: dict[str, nn.Parameter] = {}
         """d of every layer that may be skipped, from the moment skipping is introduced."""
         self.kept: set[str] = set()
         """Layers decided to stay."""
-        self.steps = 0
+        self.steps, self.progress = 0, 0.0
+        self.first_excess = max(0.0, self.excess())
 
-    def _lower_ceiling(self, headroom: float) -> None:
-        """Remove widths that cost more than a cap, one cap for all layers: the highest at which the network with every
-        layer at its dearest block costs ``headroom`` budgets. The two narrowest widths of a block always stay."""
-        found = {path: d for path, d in decisions(self.supernet).items() if isinstance(d, Width)}
-        prices = {name: self.problem.prices[name] for name in self.targets}
+    def _shrink(self, start: Architecture) -> None:
+        """Remove the layers that ``start`` skips, and widths that cost more than ``headroom`` times what their layer
+        costs there, but for the two narrowest of each block."""
+        for path, layer in self.layers().items():
+            if start.get(path) == SKIP:
+                self.unopened.add(path)
+                for option in [o for o in layer.options if o != SKIP]:
+                    layer.remove(option)
 
-        def share(path: str, width: Option) -> float:
+        def share(path: str, option: Option) -> float:
             """Of the tightest budget."""
-            return max(prices[name].at(path, width) / target for name, target in self.targets.items())
+            return max(self.problem.prices[name].at(path, option) / target for name, target in self.targets.items())
 
-        def kept(path: str, cap: float) -> list[Option]:
-            widths = found[path].options
-            return [n for n in widths if n in widths[:2] or share(path, n) <= cap]
-
-        def dearest(cap: float) -> float:
-            layers: dict[str, float] = {}
-            for path in found:
+        for path, width in decisions(self.supernet).items():
+            if isinstance(width, Width):
                 layer = self.problem.parents[path][0] if path in self.problem.parents else path
-                layers[layer] = max(layers.get(layer, 0.0), share(path, kept(path, cap)[-1]))
-            return sum(layers.values())
-
-        cap = 1.0
-        while cap > 1e-3 and dearest(cap) > headroom:
-            cap *= 0.95
-        for path, width in found.items():
-            for n in [n for n in width.options if n not in kept(path, cap)]:
-                width.remove(n)
+                inside = f"{layer}.{start[layer]}.hidden"
+                cap = self.method.headroom * sum(share(p, start[p]) for p in {layer, inside} if p in start)
+                for n in [n for n in width.options[2:] if share(path, n) > cap]:
+                    width.remove(n)
 
     def _insert_prunodes(self) -> dict[str, Prunode]:
         found = {}
@@ -331,7 +341,8 @@ class Pruning:
                 latency_factor(costs[n], t, self.method.alpha, self.method.beta) for n, t in self.targets.items()
             ]
             return loss * torch.stack(factors).prod()
-        return loss + self.method.weight * relative_excess(costs, self.targets)
+        slack = 1 + self.first_excess * max(0.0, 1 - self.progress / self.method.settled)
+        return loss + self.method.weight * relative_excess(costs, {n: slack * t for n, t in self.targets.items()})
 
     def excess(self) -> float:
         """The largest expected share of a budget, minus 1."""
@@ -345,6 +356,7 @@ class Pruning:
     def stepped(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
         """Tier 1: every K steps each Prunode may move. Near the end less confidence is asked, so that all close."""
         self.steps += 1
+        self.progress = progress
         if self.steps % self.method.check_every:
             return
         hurry = min(1.0, max(0.0, (progress - 0.8) / 0.2))
@@ -433,14 +445,15 @@ class Pruning:
             for width in values[path]:
                 n = int(width)
                 values[path][width] = math.log(min(n, found) / found) + 0.25 * math.log(max(n, found) / found)
+        for path, (layer, _) in self.problem.parents.items():
+            if layer in self.unopened:
+                values[path] = dict.fromkeys(values[path], 0.0)
         return values
 
     def _staying(self, path: str, layer: OneOf) -> float:
         if layer.options == [SKIP]:
             return 0.0
-        if path in self.depth and path not in self.kept:
-            return self.depth[path].sigmoid().item()
-        return 1.0
+        return self.depth[path].sigmoid().item() if path in self.depth else 1.0
 
     def describe(self) -> dict[str, Any]:
         with torch.no_grad():
@@ -463,6 +476,7 @@ class Pruning:
     def state(self) -> dict[str, Any]:
         return {
             "steps": self.steps,
+            "progress": self.progress,
             "options": {path: list(layer.options) for path, layer in self.layers().items()},
             "prunodes": {p: [n.low, n.high, n.speed, n.winner, n.second is None] for p, n in self.prunodes.items()},
             "depth": {path: d.detach().clone() for path, d in self.depth.items()},
@@ -471,21 +485,23 @@ class Pruning:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
+        self.steps, self.progress = state["steps"], state["progress"]
+        if self.progress:  # before that, a warm-up: weights only, perhaps of another budget's widths
+            self._restore_structure(state)
+        # The logits of the widths themselves are never trained: a Prunode weighs its two.
+        own = {f"{path}.logits": d.logits for path, d in decisions(self.supernet).items() if path in self.prunodes}
+        self.supernet.load_state_dict({**state["supernet"], **own})
+
+    def _restore_structure(self, state: dict[str, Any]) -> None:
         for path, options in state["options"].items():
             layer = self.layers()[path]
             for option in [o for o in layer.options if o not in options]:
                 layer.remove(option)
         for path, (low, high, speed, winner, single) in state["prunodes"].items():
             node = self.prunodes[path]
-            # A warm-up that several budgets share has seen wider widths than a small budget starts with.
-            top = len(node.hidden.options) - 1
-            node.low, node.high, node.speed, node.winner = min(low, top), min(high, top), speed, winner
+            node.low, node.high, node.speed, node.winner = low, high, speed, winner
             if single:
                 node.second = None
         self._bury()
         self.depth = {path: nn.Parameter(d.clone()) for path, d in state["depth"].items()}
         self.kept = set(state["kept"])
-        self.steps = state["steps"]
-        # The logits of the widths themselves are never trained: a Prunode weighs its two.
-        own = {f"{path}.logits": d.logits for path, d in decisions(self.supernet).items() if path in self.prunodes}
-        self.supernet.load_state_dict({**state["supernet"], **own})

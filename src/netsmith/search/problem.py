@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from netsmith.architecture import Outline, outline
-from netsmith.cost.budget import Budget
+from netsmith.cost.budget import Budget, show
 from netsmith.cost.counts import FileBytes, Macs, Params, Shape
 from netsmith.cost.memory import PeakMemory
 from netsmith.cost.prices import Atom, Options, Prices, atoms, tabulate
@@ -90,6 +91,12 @@ class Problem:
         """The network of ``architecture``, weights as the supernet is built."""
         return derive(self.build(), architecture)
 
+    def predicted(self, budget: Budget, architecture: Mapping[str, Option]) -> float:
+        """The cost that ``budget`` limits, in its base unit."""
+        if budget.metric in self.prices:
+            return self.prices[budget.metric].of(architecture)
+        return PeakMemory()(self.plain(architecture), self.input_shape)
+
     def limits(self, budgets: Sequence[Budget], scale: Mapping[str, float] | None = None) -> list[Limit]:
         """The additive budgets as knapsack limits; ``scale`` corrects a limit by what measuring has shown."""
         return [
@@ -110,11 +117,16 @@ class Problem:
         Peak memory does not add up. An option whose block alone exceeds the limit is out; if the network as a whole
         still exceeds it, it is cut off and the knapsack solved again.
 
-        Raises: Infeasible, naming the smallest reachable cost.
+        Raises: Infeasible, naming the smallest reachable cost; UserError for peak memory, likewise.
         """
         memory = [budget.limit for budget in budgets if budget.metric == "peak_memory"]
+        if memory and (fitting := self._fitting(values, min(memory))) is None:
+            raise UserError(
+                f"no network is within budget: peak_memory <= {show(min(memory), 'B')}: "
+                f"the smallest network needs {show(self._least_memory(values), 'B')}"
+            )
         if memory:
-            values = self._fitting(values, min(memory))
+            values = fitting
         values = _reachable(values, self.parents)
         limits = [
             replace(limit, prices=_restricted(self.prices[limit.name], values)) for limit in self.limits(budgets, scale)
@@ -129,23 +141,48 @@ class Problem:
             forbidden.append(architecture)
         raise UserError(f"no network within peak_memory<={min(memory):g}B found after cutting off {len(forbidden)}")
 
-    def _fitting(self, values: Options, memory: float) -> Options:
-        price = PeakMemory()
+    @cached_property
+    def _memory_alone(self) -> Callable[[int, Option | None], float]:
+        """Peak memory of atom number i alone, at a width where it has one, bytes."""
+        price, known = PeakMemory(), {}
+        signatures = [atom.signature for atom in self.atoms]
+
+        def alone(i: int, width: Option | None) -> float:
+            key = signatures[i], width
+            if key not in known:
+                atom = self.atoms[i]
+                known[key] = price(atom.module if width is None else _on_meta(atom, width), atom.shape)
+            return known[key]
+
+        return alone
+
+    def _fitting(self, values: Options, memory: float) -> Options | None:
+        """Without the options whose block alone exceeds ``memory``; None where a decision has no option left."""
         fitting = {path: dict(row) for path, row in values.items()}
-        for atom in self.atoms:
+        for i, atom in enumerate(self.atoms):
             if atom.width is not None:
-                for width in [n for n in fitting[atom.width] if price(_on_meta(atom, n), atom.shape) > memory]:
-                    del fitting[atom.width][width]
-            elif atom.owner is not None and price(atom.module, atom.shape) > memory:
+                widths = sorted(fitting[atom.width])  # a wider block needs no less
+                fits = bisect_left(widths, True, key=lambda n, i=i: self._memory_alone(i, n) > memory)
+                fitting[atom.width] = {n: fitting[atom.width][n] for n in widths[:fits]}
+            elif atom.owner is not None and self._memory_alone(i, None) > memory:
                 fitting[atom.owner[0]].pop(atom.owner[1], None)
         # An option whose inner decision has nothing left is out as well, from the inside outwards.
         for path in reversed(list(fitting)):
             if not fitting[path]:
                 if path not in self.parents:
-                    raise UserError(f"no option of {path!r} fits into peak_memory<={memory:g}B")
+                    return None
                 outer, option = self.parents[path]
                 fitting[outer].pop(option, None)
         return fitting
+
+    def _least_memory(self, values: Options) -> float:
+        """Peak memory of a small network: one within the lowest limit under which every block alone is."""
+        narrowest = [min(values[atom.width]) if atom.width is not None else None for atom in self.atoms]
+        limits = sorted({self._memory_alone(i, width) for i, width in enumerate(narrowest)})
+        least = limits[bisect_left(limits, True, key=lambda limit: self._fitting(values, limit) is not None)]
+        fitting = _reachable(self._fitting(values, least) or values, self.parents)
+        smallest = extreme(_restricted(self.prices["macs"], fitting).options, self.parents, largest=False)
+        return PeakMemory()(self.plain(smallest), self.input_shape)
 
 
 def _reachable(values: Options, parents: Mapping[str, tuple[str, str]]) -> Options:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from netsmith.cost.budget import Budget, show
-from netsmith.cost.memory import PeakMemory
 from netsmith.cost.prices import Options
 from netsmith.decisions import Architecture
 from netsmith.errors import PromiseBroken
@@ -89,7 +88,7 @@ def _keep(
         if architecture == previous:
             break
         previous, measurings = architecture, number
-        predicted = {b.metric: _predicted(problem, b, architecture) for b in budgets}
+        predicted = {b.metric: problem.predicted(b, architecture) for b in budgets}
         file = export_untrained(problem, architecture, run.path / "untrained.onnx")
         measured = {b.metric: _measured(b, predicted[b.metric], file, time_file) for b in budgets}
         broken = [b for b in budgets if measured[b.metric] > b.limit]
@@ -139,12 +138,6 @@ def export_untrained(problem: Problem, architecture: Architecture, path: Path) -
 def _measurable(budget: Budget, time_file: Callable[[Path], float] | None) -> bool:
     """Whether the file may disagree with the prediction; counts are exact."""
     return budget.metric == "file" or (budget.metric == "latency" and time_file is not None)
-
-
-def _predicted(problem: Problem, budget: Budget, architecture: Architecture) -> float:
-    if budget.metric in problem.prices:
-        return problem.prices[budget.metric].of(architecture)
-    return PeakMemory()(problem.plain(architecture), problem.input_shape)
 
 
 def _measured(budget: Budget, predicted: float, file: Path, time_file: Callable[[Path], float] | None) -> float:

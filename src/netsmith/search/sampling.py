@@ -15,8 +15,8 @@ from netsmith.search.problem import Problem
 
 
 def usage(problem: Problem, architecture: Mapping[str, Option], budgets: Sequence[Budget]) -> float:
-    """The largest predicted share of a budget that adds up: 1 is exactly at the limit."""
-    return max(problem.prices[limit.name].of(architecture) / limit.at_most for limit in problem.limits(budgets))
+    """The largest predicted share of a budget: 1 is exactly at the limit."""
+    return max(problem.predicted(budget, architecture) / budget.limit for budget in budgets)
 
 
 def at_budget(
