@@ -42,8 +42,12 @@ from netsmith.train.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "fronts.jsonl"
 METHODS = ("prunet", "best_of", "random", "capacity", "fbnet", "mobilenet_v2", "mobilenet_v3")
+SEARCHES = {
+    "prunet": {"steps": {"epochs": 6, "warmup_epochs": 1}},
+    "fbnet": {"steps": {"epochs": 6, "warmup_epochs": 1}, "race_epochs": [1, 4]},
+}
 RANKING_EPOCHS = 2
-"""Of every short training, whoever asks for it."""
+"""Of `best_of`'s short trainings."""
 
 
 class Quiet:
@@ -55,7 +59,7 @@ class Quiet:
 
 def method_options(name: str, key: dict, job: Job) -> dict:
     if name != "best_of":
-        return {}
+        return SEARCHES.get(name, {})
     seconds = sum(r["search_cpu_seconds"] for r in load() if {n: r[n] for n in key} == key | {"method": "prunet"})
     assert seconds, "best_of needs PruNet's search with this seed: it gets as many processor seconds"
     return {"candidates": max(3, round(seconds / seconds_per_candidate(job))), "epochs": RANKING_EPOCHS}
