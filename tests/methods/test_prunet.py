@@ -3,6 +3,7 @@
 import copy
 import math
 from collections import OrderedDict, defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from netsmith.decisions import Draw, OneOf, Width, decisions
 from netsmith.methods.prunet import PruNet, Pruning, Prunode
 from netsmith.run import read_events
 from netsmith.search.differentiable import Steps, _Loop, learn, remove_option, weights
+from netsmith.search.problem import prefer
 from netsmith.search.sampling import at_budget
 
 COPIES = pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
@@ -623,15 +625,17 @@ def test_the_supernet_holds_its_start_and_no_dearer_layers(share, headroom):
             assert start[inside] in node.hidden.options
 
 
-def test_layers_that_were_never_opened_are_worth_no_width():
+def test_layers_that_were_never_opened_stay_out_whatever_the_budget():
     searcher, start = next(found for share in (0.1, 0.15, 0.2) if "skip" in (found := around(share))[1].values())
     values = searcher.values()
     skipped = [path for path, option in start.items() if option == "skip"]
     for path, (layer, _) in searcher.problem.parents.items():
         if layer in skipped:
             assert set(values[path].values()) == {0.0}
+    everything = [replace(searcher.problem.budgets[0][0], limit=1e9)]
+    within = prefer(values, {"body": start["body"]}, 1e3)
     for layer in skipped:
-        assert values[layer]["skip"] == 0 < max(values[layer].values()) < 0.1
+        assert searcher.problem.allocate(within, everything)[layer] == "skip"
 
 
 def test_the_aim_falls_from_where_the_supernet_starts_to_the_budget():

@@ -10,7 +10,7 @@ from netsmith.run import read_events
 from netsmith.search import race as module
 from netsmith.search.allocate import Infeasible
 from netsmith.search.problem import Problem
-from netsmith.search.race import finalists, race, settle, within_each
+from netsmith.search.race import finalists, perturbed, race, settle, within_each
 from netsmith.search.sampling import at_budget, capacity, usage
 
 
@@ -182,3 +182,15 @@ def test_a_budget_below_the_smallest_network_names_it():
     problem = problem_of(shares=(1e-3,))
     with pytest.raises(Infeasible, match="the smallest network needs"):
         at_budget(problem, problem.budgets[0], torch.Generator().manual_seed(0))
+
+
+def test_noise_favours_no_option_for_what_is_nested_in_it():
+    """All values 0, no budget: a skip and a block with 12 widths inside come up equally often."""
+    values = {"layer": {"skip": 0.0, "block": 0.0}, "layer.block.hidden": dict.fromkeys(range(1, 13), 0.0)}
+    generator = torch.Generator().manual_seed(0)
+    taken = 0
+    for _ in range(600):
+        noisy = perturbed(values, generator, 0.5)
+        worth = {path: max(row.values()) for path, row in noisy.items()}
+        taken += noisy["layer"]["block"] + worth["layer.block.hidden"] > noisy["layer"]["skip"]
+    assert 0.4 < taken / 600 < 0.6

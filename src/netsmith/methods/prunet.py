@@ -445,9 +445,12 @@ class Pruning:
             for width in values[path]:
                 n = int(width)
                 values[path][width] = math.log(min(n, found) / found) + 0.25 * math.log(max(n, found) / found)
-        for path, (layer, _) in self.problem.parents.items():
-            if layer in self.unopened:
-                values[path] = dict.fromkeys(values[path], 0.0)
+        for path, row in values.items():
+            layer = self.problem.parents[path][0] if path in self.problem.parents else path
+            if path in self.unopened:  # below skip: only noise brings such a layer back
+                values[path] = {option: 0.0 if option == SKIP else -2.0 for option in row}
+            elif layer in self.unopened:
+                values[path] = dict.fromkeys(row, 0.0)
         return values
 
     def _staying(self, path: str, layer: OneOf) -> float:

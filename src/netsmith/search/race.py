@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -110,7 +111,13 @@ def finalists(
 
 
 def perturbed(values: Options, generator: torch.Generator, noise: float) -> Options:
+    """``values`` plus Gumbel noise. The largest of a decision's n noises is ``noise * (log n + 0.577)`` in the mean,
+    which is taken off again: a block with many widths inside must not beat a skip by their number."""
+
     def gumbel() -> float:
         return float(-torch.log(-torch.log(torch.rand((), generator=generator, dtype=torch.float64).clamp_min(1e-12))))
 
-    return {path: {o: value + noise * gumbel() for o, value in row.items()} for path, row in values.items()}
+    return {
+        path: {o: value + noise * (gumbel() - math.log(len(row)) - 0.5772) for o, value in row.items()}
+        for path, row in values.items()
+    }
