@@ -193,3 +193,30 @@ def test_a_budget_below_the_smallest_network_is_said_before_anything_is_trained(
     with pytest.raises(UserError, match=r"the smallest network needs .*; the nearest that can be kept: latency<=0"):
         finish(tmp_path / "run", table, method="prunet", budget=("latency<=0.001x",))
     assert not any(event["kind"] in ("search_epoch", "raced") for event in read_events(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("method", ["random", "prunet"])
+def test_peak_memory_alone_is_a_budget(method, table, tmp_path):
+    steps = {"fbnet": {"steps": STEPS, "samples": 1, "race_epochs": [1]}, "prunet": TINY}
+    options = {"method": method, "method_options": steps.get(method, {}), "budget": ("peak_memory<=0.8x",)}
+    result = finish(tmp_path / "run", table, **options)
+    (budget,) = result["budgets"]
+    assert budget["metric"] == "peak_memory"
+    assert 0 < budget["measured"] <= budget["limit"] < result["reference"]["cost"]["peak_memory_bytes"]
+    assert result["kept"]
+
+
+def test_the_reference_teaches_where_the_recipe_distils(table, tmp_path, monkeypatch):
+    taught = {}
+
+    def noted(network, *args, teacher=None, **options):
+        taught[sum(p.numel() for p in network.parameters())] = teacher
+        return train(network, *args, teacher=teacher, **options)
+
+    train = pipeline.train
+    monkeypatch.setattr(pipeline, "train", noted)
+    options = {"method": "capacity", "recipe": RECIPE | {"distillation": 0.5}, "budget": ("latency<=0.5x",)}
+    result = finish(tmp_path / "run", table, **options)
+    small, large = result["cost"]["params"], result["reference"]["cost"]["params"]
+    assert taught[large] is None
+    assert sum(p.numel() for p in taught[small].parameters()) == large

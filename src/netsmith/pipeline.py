@@ -232,12 +232,13 @@ def finish(job: Job, front: list[Kept], rivals: Mapping[str, list[dict]], second
     run, problem = job.run, job.problem
     names = [point_name(budgets) for budgets in job.budgets]
     reference = _shipped(job, "reference", job.reference["architecture"], None, [])
+    teacher = load(run.path / "others" / "reference") if job.recipe.distillation else None
     networks = []
     for i, kept in enumerate(front):
         folder = run.path / names[i] if len(front) > 1 else run.path
-        networks.append(_shipped(job, f"found-{i}", kept.architecture, folder, problem.budgets[i]))
+        networks.append(_shipped(job, f"found-{i}", kept.architecture, folder, problem.budgets[i], teacher))
     baselines = [
-        {"name": name, **_shipped(job, f"{name}-{i}", kept["architecture"], None, problem.budgets[i])}
+        {"name": name, **_shipped(job, f"{name}-{i}", kept["architecture"], None, problem.budgets[i], teacher)}
         for name, kept_list in rivals.items()
         for i, kept in enumerate(kept_list)
     ]
@@ -264,9 +265,17 @@ def finish(job: Job, front: list[Kept], rivals: Mapping[str, list[dict]], second
     return result
 
 
-def _shipped(job: Job, name: str, architecture: Architecture, folder: Path | None, budgets: list[Budget]) -> dict:
+def _shipped(
+    job: Job,
+    name: str,
+    architecture: Architecture,
+    folder: Path | None,
+    budgets: list[Budget],
+    teacher: nn.Module | None = None,
+) -> dict:
     """Train, export and judge one network; with a folder, what is shipped stays there."""
     run = job.run
+    recipe = job.recipe if teacher is not None else replace(job.recipe, distillation=0.0)
 
     def made() -> dict:
         started = time.perf_counter()
@@ -274,11 +283,14 @@ def _shipped(job: Job, name: str, architecture: Architecture, folder: Path | Non
 
         def noted(epoch: dict[str, float]) -> None:
             run.event("train_epoch", which=name, **epoch)
-            job.say.progress(f"train {name}", int(epoch["epoch"]), job.recipe.epochs, f"loss {epoch['loss']:.3f}")
+            job.say.progress(f"train {name}", int(epoch["epoch"]), recipe.epochs, f"loss {epoch['loss']:.3f}")
 
         seed = run.seed("train")
         checkpoint = run.checkpoint(f"train-{name}.pt")
-        train(network, job.task, job.recipe, split="trainval", seed=seed, checkpoint=checkpoint, on_epoch=noted)
+        train(
+            network, job.task, recipe, split="trainval", seed=seed,
+            teacher=teacher, checkpoint=checkpoint, on_epoch=noted,
+        )  # fmt: skip
         trained = time.perf_counter()
         place = folder or run.path / "others" / name
         place.mkdir(parents=True, exist_ok=True)

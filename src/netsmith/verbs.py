@@ -237,7 +237,7 @@ class Report:
     """Write one self-contained HTML page about one or several runs."""
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN..."), Later]
-    """Folders of finished runs."""
+    """Folders of runs; those that are not finished are left out, by name, where others are."""
     out: Annotated[Path | None, Later] = None
     """The file to write (default: RUN/report.html, for several runs report.html here)."""
     json: bool = False
@@ -246,9 +246,16 @@ class Report:
     def run(self) -> Answer:
         from netsmith.report.page import write_report
 
-        alone = self.runs[0] / "report.html" if len(self.runs) == 1 else Path("report.html")
-        page = str(write_report(self.runs, self.out or alone))
-        return Answer({"report": page, "runs": [str(run) for run in self.runs]}, [page])
+        def unfinished(run: Path) -> bool:
+            return (run / "problem.yaml").is_file() and not (run / "result.json").exists()
+
+        runs = [run for run in self.runs if not unfinished(run)] or self.runs
+        left_out = [run for run in self.runs if run not in runs]
+        alone = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
+        page = str(write_report(runs, self.out or alone))
+        lines = [f"left out, not finished: {run} (netsmith search --resume {run})" for run in left_out]
+        data = {"report": page, "runs": list(map(str, runs)), "left_out": list(map(str, left_out))}
+        return Answer(data, [*lines, page])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -49,7 +49,8 @@ def race(
 
 
 def _short_training(problem: Problem, run: Run, architecture: Architecture, epochs: int, stage: str) -> float:
-    recipe = replace(problem.recipe, epochs=epochs, warmup_epochs=min(problem.recipe.warmup_epochs, epochs / 4))
+    warmup = min(problem.recipe.warmup_epochs, epochs / 4)
+    recipe = replace(problem.recipe, epochs=epochs, warmup_epochs=warmup, distillation=0.0)  # no teacher is trained yet
     torch.manual_seed(run.seed(stage))
     network = problem.network(architecture)
     train(network, problem.task, recipe, split="train", seed=run.seed(stage))

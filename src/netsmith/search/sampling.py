@@ -15,8 +15,13 @@ from netsmith.search.problem import Problem
 
 
 def usage(problem: Problem, architecture: Mapping[str, Option], budgets: Sequence[Budget]) -> float:
-    """The largest predicted share of a budget: 1 is exactly at the limit."""
-    return max(problem.predicted(budget, architecture) / budget.limit for budget in budgets)
+    """The largest predicted share of a budget: 1 is exactly at the limit. Peak memory, which takes a trace of the
+    network, is looked at only where the others are kept."""
+    share = max((limit.prices.of(architecture) / limit.at_most for limit in problem.limits(budgets)), default=0.0)
+    for budget in budgets if share <= 1 else ():
+        if budget.metric not in problem.prices:
+            share = max(share, problem.predicted(budget, architecture) / budget.limit)
+    return share
 
 
 def at_budget(
@@ -27,11 +32,12 @@ def at_budget(
     Drawn uniformly; where it misses the window, random single mutations that bring it closer are accepted until it is
     in. The walk keeps most of the random network, where rejection would need thousands of draws for a small budget.
     Where no network is found in the window (a coarse space, a limit above the largest network), the one within the
-    limit that comes closest to it.
+    limit that comes closest to it. Peak memory alone has steps too large for a window: any network within it will do.
 
     Raises: Infeasible, naming the smallest reachable cost.
     """
     space = problem.outline
+    least = least if problem.limits(budgets) else 0.0
     nearest: tuple[float, Architecture] | None = None
     for _ in range(20):
         architecture = sample(space, generator)
@@ -48,7 +54,7 @@ def at_budget(
 
 
 def _distance(share: float, least: float) -> float:
-    return max(0.0, math.log(share), math.log(least / share))
+    return max(0.0, math.log(share), math.log(least / share) if least else 0.0)
 
 
 def flat(problem: Problem) -> Options:

@@ -42,7 +42,8 @@ class Recipe:
     randaugment: int = 0
     """Magnitude of RandAugment, two operations; 0: off."""
     distillation: float = 0.0
-    """Weight of the teacher's distribution in the loss, 0 to 1 (Hinton et al. 2015); 0: off."""
+    """Weight of the teacher's distribution in the loss, 0 to 1 (Hinton et al. 2015); 0: off. The teacher of a run is
+    the reference, the largest network of the space."""
     temperature: float = 4.0
     """Of teacher and student in the distillation loss."""
     precision: Literal["fp32", "bf16"] = "fp32"
