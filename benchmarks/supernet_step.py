@@ -36,6 +36,8 @@ from torch.nn import functional as F
 BATCH, PIXELS, CLASSES = 64, 32, 10
 WIDTHS = (16, 24, 24, 40, 40, 80, 80)
 PLACES = ("start", "middle", "end")
+PROCESSES = 3
+"""Fresh ones for each number of widths: the median counts, for allocators differ from start to start."""
 ASKED = {"prunet_start": 2.5, "prunet_mean": 1.8, "widths_percent": 5.0}
 
 
@@ -98,7 +100,7 @@ Step = Callable[[], None]
 
 
 def ours(name: str) -> tuple[Step, Step | None]:
-    """(weight step, architecture step) of "largest", "fixed", "fbnet-PATHS" or "prunet-COPIES-PATHS[-WIDTHS]"."""
+    """(weight step, architecture step) of "largest", "fixed", "fbnet-PATHS" or "prunet-COPIES[-WIDTHS]"."""
     kind, *options = name.split("-")
     if kind in ("largest", "fixed"):  # runs in NNI's Python too
         option = {"largest": "k5_e6", "fixed": "k3_e3"}[kind]
@@ -114,9 +116,9 @@ def ours(name: str) -> tuple[Step, Step | None]:
         problem = problem_of(lambda: network(lambda i, o, s: OneOf(blocks(i, o, s))))
         searcher = _Supernet(FBNet(paths=options[0]), problem, problem.budgets[0], [])
     else:
-        count = int(options[2]) if len(options) > 2 else 0
+        count = int(options[1]) if len(options) > 1 else 0
         problem = problem_of(lambda: network(open_widths(count)))
-        method = PruNet(copies=options[0], paths=options[1], headroom=0.0, check_every=10**9)
+        method = PruNet(copies=options[0], headroom=0.0, check_every=10**9)
         searcher = Pruning(method, problem, problem.budgets[0], {})
     loop = _Loop(problem, searcher, Steps(epochs=1000, warmup_epochs=100))  # nothing is pruned
     generator = torch.Generator().manual_seed(0)
@@ -304,7 +306,7 @@ def compare(workers: list[Worker], rounds: int) -> list[dict]:
     return rows
 
 
-def over_a_search(copies: str, paths: str, headroom: float, epochs: int, steps: int) -> dict:
+def over_a_search(copies: str, headroom: float, epochs: int, steps: int) -> dict:
     """Run PruNet's search on CIFAR-10 images at a small batch, and after every epoch time both steps at batch 64.
 
     The structure after each epoch is what counts; each time is a ratio to the largest network's step right before it.
@@ -320,7 +322,7 @@ def over_a_search(copies: str, paths: str, headroom: float, epochs: int, steps: 
     problem = problem_of(lambda: network(open_widths(0)))
     problem.task = task.without_test()
     start = problem.allocate(capacity(problem), problem.budgets[0])
-    searcher = Pruning(PruNet(copies=copies, paths=paths, headroom=headroom), problem, problem.budgets[0], start)
+    searcher = Pruning(PruNet(copies=copies, headroom=headroom), problem, problem.budgets[0], start)
     loop = _Loop(problem, searcher, Steps(epochs=epochs, warmup_epochs=epochs // 5, batch_size=small))
     largest = ours("largest")[0]
     batch, found = Batch(), []
@@ -379,7 +381,6 @@ def over_a_search(copies: str, paths: str, headroom: float, epochs: int, steps: 
         row["saved"] = {name: value / single for name, value in row["saved"].items()}
     return {
         "copies": copies,
-        "paths": paths,
         "headroom": headroom,
         "epochs": epochs,
         "mean": mean,
@@ -411,7 +412,7 @@ def main() -> None:
     torch.set_num_threads(1)
     started, own = machine(), sys.executable
     kinds = [(own, "largest", "weight"), (own, "fixed", "weight")]
-    prunets = [f"prunet-{copies}-{paths}" for copies in ("shared", "separate") for paths in ("all", "one")]
+    prunets = ["prunet-shared", "prunet-separate"]
     for name in ("fbnet-all", "fbnet-one", *prunets):
         kinds += [(own, name, "weight"), (own, name, "architecture")]
     if asked.nni_python:
@@ -427,9 +428,13 @@ def main() -> None:
     widths = []
     for copies in ("shared", "separate"):
         for count in (4, 8, 16, 32, 64):
-            worker = Worker(own, f"prunet-{copies}-all-{count}", "architecture")
-            worker.step()
-            widths.append({"copies": copies, "widths": count, **worker.end()})
+            ends = []
+            for _ in range(PROCESSES):
+                worker = Worker(own, f"prunet-{copies}-{count}", "architecture")
+                worker.step()
+                ends.append(worker.end())
+            middle = {key: statistics.median(end[key] for end in ends) for key in ("saved", "grown")}
+            widths.append({"copies": copies, "widths": count, **middle})
     flat = {}
     for copies in ("shared", "separate"):
         for key in ("saved", "grown"):
@@ -437,12 +442,12 @@ def main() -> None:
             flat[f"{copies}_{key}_percent"] = 100 * (max(values) / min(values) - 1)
     print("4 to 64 widths, largest over smallest:", ", ".join(f"{k} {v:.1f}" for k, v in flat.items()), flush=True)
     searches = []
-    for copies, paths, headroom in (("shared", "all", 1.5), ("shared", "all", 0.0), ("separate", "all", 0.0)):
-        found = over_a_search(copies, paths, headroom, asked.epochs, asked.steps)
+    for copies, headroom in (("shared", 2.0), ("shared", 0.0), ("separate", 0.0)):
+        found = over_a_search(copies, headroom, asked.epochs, asked.steps)
         searches.append(found)
         course = ", ".join(f"{k} {found[k]['weight']:.2f}/{found[k]['architecture']:.2f}" for k in PLACES)
         print(
-            f"prunet {copies} {paths}, headroom {headroom}: mean x{found['mean']:.2f} (weight steps "
+            f"prunet {copies}, headroom {headroom}: mean x{found['mean']:.2f} (weight steps "
             f"{found['weight_mean']:.2f}, architecture {found['architecture_mean']:.2f}), saved "
             f"x{found['saved_mean']:.2f}; weight/architecture: {course}",
             flush=True,

@@ -547,10 +547,9 @@ def test_each_tier_can_be_switched_off(tier, tmp_path):
 
 
 @pytest.mark.parametrize("copies", ["shared", "separate"])
-@pytest.mark.parametrize("paths", ["all", "one"])
-def test_optimizers_follow_what_is_removed(copies, paths, tmp_path):
+def test_optimizers_follow_what_is_removed(copies, tmp_path):
     problem = problem_of(shares=(0.1,), task=stripes(64))
-    method = PruNet(headroom=0.0, check_every=1, copies=copies, paths=paths, layers_from=0.3, layer_margin=0.1)
+    method = PruNet(headroom=0.0, check_every=1, copies=copies, layers_from=0.3, layer_margin=0.1)
     searcher = Pruning(method, problem, problem.budgets[0], {"body": "slim"})
     loop = _Loop(problem, searcher, Steps(**{**BRISK, "epochs": 5}))
     before = len(weights(searcher.supernet))
