@@ -89,7 +89,7 @@ def case(name: str, resolution: int, calibration: int, unseen: int, seconds: flo
         "range_ms": {name: [min(measured[part]), max(measured[part])] for name, part in sets.items()},
         "calibration": {k: getattr(fitted, k) for k in ("constant", "scale", "per_layer", "per_weight")},
         "calibration_error_percent": 100 * fitted.errors()["mean"],
-        "repeat_percent": None if second is None else error(measured, second)["error_percent"],
+        "repeat": None if second is None else {set_: error(measured[p], second[p]) for set_, p in sets.items()},
         **{
             name: {way: error(predicted[part], measured[part]) for way, predicted in ways.items()}
             for name, part in sets.items()
@@ -136,7 +136,8 @@ def line(row: dict, name: str) -> str:
     cells = [f"{row['space']} {row['resolution']} px", name, f"{low:.2f}-{high:.2f}"]
     cells += [f"{row[name][way]['error_percent']:.1f} / {row[name][way]['kendall_tau']:.3f}" for way in WAYS]
     cells += [f"{row['entries']}", f"{row['ms_per_entry']:.1f} ({row['cpu_ms_per_entry']:.1f})", f"{row['load']:.1f}"]
-    cells.append("-" if row["repeat_percent"] is None else f"{row['repeat_percent']:.1f}")
+    repeat = row["repeat"] and row["repeat"][name]
+    cells.append(f"{repeat['error_percent']:.1f} / {repeat['kendall_tau']:.3f}" if repeat else "-")
     calibrated = row[name]["calibrated"]
     holds = {
         "error": calibrated["error_percent"] <= ASKED["error_percent"],
