@@ -161,7 +161,7 @@ def main() -> None:
     torch.set_num_threads(1)
     started = machine()
     ways = " | ".join(f"{way} %/tau" for way in WAYS)
-    print(f"| space | networks | ms | {ways} | entries | ms per entry (CPU) | load | repeat % | missed |")
+    print(f"| space | networks | ms | {ways} | entries | ms per entry (CPU) | load | repeat %/tau | missed |")
     print("|---" * 11 + "|", flush=True)
     rows = []
     with beside(asked.beside):
