@@ -144,7 +144,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "layers_from": 0.3,
         "layer_margin": 0.1,
         "layer_start": 0.5,
-        "weight": 4.0,
+        "cost": {"weight": 4.0},
     },
     "fbnet": {"steps": BRISK, "samples": 2, "race_epochs": [1]},
 }

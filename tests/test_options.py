@@ -68,7 +68,7 @@ def test_every_method_is_made_by_name(name):
         ({"sampels": 1}, "method_options.sampels: unknown; did you mean samples?"),
         ({"steps": {"epoch": 1}}, "method_options.steps.epoch: unknown; did you mean epochs?"),
         ({"steps": {"epochs": "1"}}, "method_options.steps.epochs: '1' was given"),
-        ({"loss": "powr"}, "method_options.loss: 'powr' was given; it should be 'power' or 'relative'"),
+        ({"cost": {"form": "powr"}}, "method_options.cost.form: 'powr' was given; it should be 'relative' or 'power'"),
         ({"race_epochs": [1, "x"]}, "method_options.race_epochs.1: 'x' was given"),
     ],
 )

@@ -14,7 +14,7 @@ from netsmith.decisions import OneOf, decisions
 from netsmith.gates import Gumbel
 from netsmith.methods.fbnet import FBNet, _Supernet, restrict
 from netsmith.run import read_events
-from netsmith.search.differentiable import Steps, latency_factor, learn
+from netsmith.search.differentiable import CostLoss, Steps, latency_factor, learn
 
 
 def one_layer() -> nn.Module:
@@ -59,7 +59,7 @@ def test_the_power_acts_on_the_logarithm():
 
 def test_the_gradient_of_the_expected_latency():
     # At g = 0 and tau = 1: p_i (LAT_i - sum p LAT); through the loss: times CE * alpha * beta * log^(beta - 1) / E.
-    searcher = supernet(FBNet(loss="power"))
+    searcher = supernet(FBNet(cost=CostLoss(form="power")))
     layer = decisions(searcher.supernet)["layer"]
     layer.logits.data = torch.tensor([0.4, -0.9])
     p, prices = layer.logits.detach().softmax(0).double(), torch.tensor([2.0, 1.0], dtype=torch.float64)
@@ -89,11 +89,11 @@ def latency_only(searcher: _Supernet, steps: int = 300) -> float:
 
 
 def test_of_equally_good_operations_the_cheap_one_wins():
-    assert latency_only(supernet(FBNet(loss="power"))) > 0.9
+    assert latency_only(supernet(FBNet(cost=CostLoss(form="power")))) > 0.9
 
 
 def test_without_beta_it_does_not_care():
-    assert latency_only(supernet(FBNet(loss="power", beta=0.0))) == 0.5
+    assert latency_only(supernet(FBNet(cost=CostLoss(form="power", beta=0.0)))) == 0.5
 
 
 def test_the_two_sided_loss_aims_at_the_budget():
@@ -112,7 +112,7 @@ def test_a_good_operation_beats_a_bad_one_in_under_300_steps(tmp_path):
             problem,
             run,
             "x",
-            lambda: _Supernet(FBNet(loss="power"), problem, problem.budgets[0], []),
+            lambda: _Supernet(FBNet(cost=CostLoss(form="power")), problem, problem.budgets[0], []),
             steps,
         )
     assert decisions(searcher.supernet)["layer"].logits.softmax(0)[0] > 0.9

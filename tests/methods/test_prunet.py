@@ -20,7 +20,7 @@ from netsmith.cost.prices import expected
 from netsmith.decisions import Draw, OneOf, Width, decisions
 from netsmith.methods.prunet import PruNet, Pruning, Prunode
 from netsmith.run import read_events
-from netsmith.search.differentiable import Steps, _Loop, learn, remove_option, weights
+from netsmith.search.differentiable import CostLoss, Steps, _Loop, learn, remove_option, weights
 from netsmith.search.problem import prefer
 from netsmith.search.sampling import at_budget
 
@@ -530,7 +530,7 @@ def test_everything_is_decided_at_the_end(tmp_path):
 
 @pytest.mark.parametrize("tier", ["prunode", "block_pruning", "layer_pruning"])
 def test_each_tier_can_be_switched_off(tier, tmp_path):
-    searcher, events = brisk({tier: False, "weight": 10.0}, tmp_path, share=0.08)
+    searcher, events = brisk({tier: False, "cost": CostLoss(weight=10.0)}, tmp_path, share=0.08)
     removed = {event["tier"] for event in events if event["kind"] == "removed"}
     widths = [event["widths"] for event in events if event["kind"] == "search_epoch"]
     if tier == "prunode":
@@ -642,7 +642,7 @@ def test_the_aim_falls_from_where_the_supernet_starts_to_the_budget():
     searcher, _ = around(0.2, headroom=0.0)
     assert searcher.first_excess > 0
     nothing = torch.zeros(())
-    weight = searcher.method.weight
+    weight = searcher.method.cost.weight
     searcher.progress = 0.0
     assert searcher.objective(nothing).item() == pytest.approx(0, abs=1e-5)
     for progress in (searcher.method.settled, 1.0):

@@ -12,7 +12,7 @@ from netsmith.errors import UserError
 from netsmith.methods.fbnet import FBNet, _Supernet
 from netsmith.methods.prunet import PruNet, Pruning
 from netsmith.search import differentiable
-from netsmith.search.differentiable import Steps, follow, latency_factor, learn, relative_excess, remove_option, weights
+from netsmith.search.differentiable import CostLoss, Steps, follow, latency_factor, learn, remove_option, weights
 
 
 def searcher(kind: str, problem):
@@ -123,9 +123,12 @@ def test_a_search_in_which_all_is_decided_goes_on(tmp_path):
 
 def test_the_two_sided_penalty():
     costs = {"latency": torch.tensor(8.0), "params": torch.tensor(30.0)}
-    assert relative_excess(costs, {"latency": 10.0, "params": 20.0}).item() == pytest.approx(0.2 + 0.5)
+    assert CostLoss(weight=3.0)(torch.tensor(1.0), costs, {"latency": 10.0, "params": 20.0}).item() == pytest.approx(
+        1 + 3 * 0.7
+    )
+    assert CostLoss()(torch.tensor(1.0), {}, {}) == 1  # peak memory alone: the knapsack keeps it
     with pytest.raises(KeyError):
-        relative_excess(costs, {"macs": 1.0})
+        CostLoss()(torch.tensor(1.0), costs, {"macs": 1.0})
 
 
 def test_the_latency_factor_has_no_unit():

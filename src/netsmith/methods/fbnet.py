@@ -14,7 +14,7 @@ from netsmith.cost.prices import Options, expected
 from netsmith.decisions import OneOf, decisions
 from netsmith.gates import Gumbel, draw, single_path, uniform_path
 from netsmith.run import Run
-from netsmith.search.differentiable import Steps, latency_factor, learn, relative_excess
+from netsmith.search.differentiable import CostLoss, Steps, learn
 from netsmith.search.problem import Problem, prefer
 from netsmith.search.race import finalists, race, settle
 from netsmith.search.sampling import capacity
@@ -33,14 +33,8 @@ class FBNet:
     paths: Literal["all", "one"] = "all"
     """What a weight step runs in each layer. all: every block, mixed, as in the paper; one: a single block drawn from
     the probabilities (ours; an eighth of the time)."""
-    alpha: float = 0.2
-    """Scale of the latency factor (equation 2); without effect on the logits under Adam."""
-    beta: float = 0.6
-    """Power of log-latency (equation 2): the trade-off of the soft loss."""
-    loss: Literal["power", "relative"] = "relative"
-    """power: the paper's product, soft; relative: cross-entropy + |E/T - 1| (ours, two-sided)."""
-    weight: float = 1.0
-    """Of the relative term (ours)."""
+    cost: CostLoss = field(default_factory=CostLoss)
+    """How latency enters the architecture loss; the paper's is the power form."""
     samples: int = 6
     """Networks drawn around the result and trained briefly; the best is kept (section 4.1 samples too)."""
     noise: float = 1.0
@@ -101,14 +95,7 @@ class _Supernet:
     def objective(self, loss: Tensor) -> Tensor:
         prices = self.problem.prices
         costs = {name: expected(self.supernet, prices[name], drawn=True) for name in self.targets}
-        if not costs:  # peak memory alone: it has no expectation, the knapsack keeps it
-            return loss
-        if self.method.loss == "power":
-            factors = [
-                latency_factor(costs[n], t, self.method.alpha, self.method.beta) for n, t in self.targets.items()
-            ]
-            return loss * torch.stack(factors).prod()
-        return loss + self.method.weight * relative_excess(costs, self.targets)
+        return self.method.cost(loss, costs, self.targets)
 
     def stepped(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
         self.progress = progress

@@ -22,7 +22,7 @@ from netsmith.cost.prices import Options, expected
 from netsmith.decisions import Architecture, Decision, Draw, OneOf, Option, Width, decisions
 from netsmith.gates import Gate, Gumbel, softmax
 from netsmith.run import Run
-from netsmith.search.differentiable import Steps, latency_factor, learn, relative_excess, remove_option
+from netsmith.search.differentiable import CostLoss, Steps, learn, remove_option
 from netsmith.search.problem import Problem, prefer
 from netsmith.search.race import finalists, race, within_each
 from netsmith.search.sampling import at_budget, capacity
@@ -69,14 +69,8 @@ class PruNet:
     """A layer's weight when skipping is introduced (s; 0.9 would lie above the margin and keep every layer)."""
     layer_margin: float = 0.4
     """Distance from 0.5 at which a layer is decided; falls linearly to 0 at the end (m; ours)."""
-    loss: Literal["power", "relative"] = "relative"
-    """power: FBNet's product; relative: cross-entropy + weight * |E/T - 1|, two-sided (ours)."""
-    weight: float = 2.0
-    """Of the relative term (ours)."""
-    alpha: float = 0.2
-    """Scale of FBNet's latency factor."""
-    beta: float = 0.6
-    """Power of FBNet's latency factor."""
+    cost: CostLoss = field(default_factory=lambda: CostLoss(weight=2.0))
+    """How latency enters the architecture loss (the paper's is not known)."""
     temperature: float = 0.0
     """Of Gumbel noise on the mixture while training; 0: plain softmax (ours)."""
     samples: int = 6
@@ -323,13 +317,8 @@ class Pruning:
     def objective(self, loss: Tensor) -> Tensor:
         self._mix(softmax, torch.Generator())  # the expectation takes the probabilities, without noise
         costs = {n: expected(self.supernet, self.problem.prices[n], drawn=True) for n in self.targets}
-        if self.method.loss == "power":
-            factors = [
-                latency_factor(costs[n], t, self.method.alpha, self.method.beta) for n, t in self.targets.items()
-            ]
-            return loss * torch.stack(factors).prod()
         slack = 1 + self.first_excess * max(0.0, 1 - self.progress / self.method.settled)
-        return loss + self.method.weight * relative_excess(costs, {n: slack * t for n, t in self.targets.items()})
+        return self.method.cost(loss, costs, {name: slack * target for name, target in self.targets.items()})
 
     def excess(self) -> float:
         """The largest expected share of a budget, minus 1."""

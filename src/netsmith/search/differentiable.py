@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -268,6 +268,21 @@ def latency_factor(expected: Tensor, target: float, alpha: float, beta: float) -
     return alpha * (expected / target * math.exp(3)).clamp_min(1.0 + 1e-6).log() ** beta
 
 
-def relative_excess(expected: Mapping[str, Tensor], targets: Mapping[str, float]) -> Tensor:
-    """Sum over budgets of |E/T - 1|: two-sided, because a one-sided penalty goes on shrinking below the budget."""
-    return torch.stack([(expected[name] / target - 1).abs() for name, target in targets.items()]).sum()
+@dataclass(frozen=True, kw_only=True)
+class CostLoss:
+    """How expected costs E and their targets T enter the architecture loss."""
+
+    form: Literal["relative", "power"] = "relative"
+    """relative: loss + weight * |E/T - 1|, two-sided (ours), because a one-sided penalty goes on shrinking below the
+    budget; power: FBNet's product."""
+    weight: float = 1.0
+    """Of the relative form (ours)."""
+    alpha: float = 0.2
+    """Scale of the power form (FBNet, equation 2); without effect on the logits under Adam."""
+    beta: float = 0.6
+    """Power of log-latency (FBNet, equation 2)."""
+
+    def __call__(self, loss: Tensor, costs: Mapping[str, Tensor], targets: Mapping[str, float]) -> Tensor:
+        if self.form == "power":
+            return loss * math.prod(latency_factor(costs[n], t, self.alpha, self.beta) for n, t in targets.items())
+        return loss + self.weight * sum((costs[name] / target - 1).abs() for name, target in targets.items())

@@ -17,9 +17,9 @@ from netsmith.search.problem import Problem
 def usage(problem: Problem, architecture: Mapping[str, Option], budgets: Sequence[Budget]) -> float:
     """The largest predicted share of a budget: 1 is exactly at the limit. Peak memory, which takes a trace of the
     network, is looked at only where the others are kept."""
-    share = max((limit.prices.of(architecture) / limit.at_most for limit in problem.limits(budgets)), default=0.0)
-    for budget in budgets if share <= 1 else ():
-        if budget.metric not in problem.prices:
+    share = 0.0
+    for budget in sorted(budgets, key=lambda budget: budget.metric not in problem.prices):
+        if budget.metric in problem.prices or share <= 1:
             share = max(share, problem.predicted(budget, architecture) / budget.limit)
     return share
 
