@@ -43,7 +43,7 @@ from netsmith.train.recipe import Recipe
 RESULTS = Path(__file__).parent / "results" / "fronts.jsonl"
 METHODS = ("prunet", "best_of", "random", "capacity", "fbnet", "mobilenet_v2", "mobilenet_v3")
 SEARCHES = {
-    "prunet": {"steps": {"epochs": 6, "warmup_epochs": 1}},
+    "prunet": {"steps": {"epochs": 6, "warmup_epochs": 1}, "race_epochs": [1, 4]},
     "fbnet": {"steps": {"epochs": 6, "warmup_epochs": 1}, "race_epochs": [1, 4]},
 }
 RANKING_EPOCHS = 2

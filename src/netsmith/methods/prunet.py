@@ -77,7 +77,7 @@ class PruNet:
     """Networks drawn around the result and trained briefly; the best is kept (FBNet's way of ending)."""
     noise: float = 0.5
     """Gumbel noise on the values when drawing them (ours)."""
-    race_epochs: tuple[int, ...] = (1, 4)
+    race_epochs: tuple[int, ...] = (2, 6)
     """Lengths of the short trainings: the best third of one length goes on to the next (ours)."""
 
     def search(self, problem: Problem, run: Run) -> list[Options]:
