@@ -70,9 +70,9 @@ class Recipe:
     def default(cls, task: Task) -> Recipe:
         """A sensible start for the task's number and size of images, for networks of up to some million parameters."""
         images = len(task.splits["trainval"])
-        # Small sets need more passes: about 400,000 images are seen, in 15 to 40 epochs; of tiny images up to 24, of
+        # Small sets need more passes: about 400,000 images are seen, in 15 to 40 epochs; of tiny images up to 20, of
         # large ones up to 60.
-        most = 60 if task.resolution >= 64 else 40 if task.resolution > 12 else 24
+        most = 60 if task.resolution >= 64 else 40 if task.resolution > 12 else 20
         epochs = max(15, min(most, round(400_000 / images)))
         # On 8,000 images, steps matter more than large batches.
         batch_size = 64 if images <= 20_000 else 128
