@@ -87,8 +87,7 @@ class Job:
     @cached_property
     def problem(self) -> Problem:
         """The priced problem, budgets absolute."""
-        latency = self._latency()
-        problem = Problem(self.task, self.build, [], latency.prices, self.recipe, self.asked["seed"])
+        problem = Problem(self.task, self.build, [], self.latency.prices, self.recipe, self.asked["seed"])
         self.reference = self.run.once("reference", lambda: self._measure_reference(problem))
         problem.budgets = [
             [Budget(b.metric, b.absolute(self.reference["cost"].get(b.metric, 0.0)), b.unit) for b in budgets]
@@ -101,7 +100,10 @@ class Job:
         """As asked, relative ones still relative."""
         return parse_budgets(self.asked["budget"])
 
-    def _latency(self) -> SpaceLatency:
+    @cached_property
+    def latency(self) -> SpaceLatency:
+        """What the space's options take on the device, calibrated on whole networks."""
+
         def profiled() -> dict:
             with torch.device("meta"):
                 space = self.build()
@@ -119,6 +121,7 @@ class Job:
                 "raw": _to_pairs(latency.raw),
                 "layers": _to_pairs(latency.layers),
                 "weights": _to_pairs(latency.weights),
+                "fixed": dict(latency.fixed),
                 "calibration": asdict(latency.calibration),
                 "seconds": time.perf_counter() - started,
             }
@@ -127,7 +130,8 @@ class Job:
         self.profile_seconds = stored["seconds"]
         calibration = Calibration(**{**stored["calibration"], "residuals": tuple(stored["calibration"]["residuals"])})
         raw, layers, weights = (_from_pairs(stored[name]) for name in ("raw", "layers", "weights"))
-        return SpaceLatency(raw, layers, weights, calibration)
+        fixed = {path: (ms, count) for path, (ms, count) in stored.get("fixed", {}).items()}
+        return SpaceLatency(raw, layers, weights, calibration, fixed)
 
     def _measure_reference(self, problem: Problem) -> dict:
         """The dearest network of the space, measured: what relative budgets are relative to."""
@@ -325,6 +329,7 @@ def _judged(
         budgets,
         job.reference["cost"],
         predicted_ms=job.problem.latency.of(architecture),
+        predicted_layers=job.latency.by_layer(architecture),
         layer_seconds=5.0 if with_layers else 0.0,
     )
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from netsmith.cost.latency import SpaceLatency, interpolate, profile_space, widt
 from netsmith.cost.prices import Prices
 from netsmith.cost.table import Calibration, LatencyTable, MissingEntry, TableDevice, entry_key
 from netsmith.decisions import OneOf, Width, derive
+from netsmith.ship.layers import layers as ship_layers
 from netsmith.spaces import open_space
 
 DATA = Path(os.environ.get("NETSMITH_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
@@ -39,6 +41,26 @@ def test_a_network_costs_the_sum_of_its_entries(tmp_path: Path):
         shapes = [(3, 8, 8)] + [(8, 8, 8)] * 2
         expected = sum(known[entry_key(m, s)] for m, s in zip(parts, shapes, strict=False))
         assert latency.prices.of(architecture) == pytest.approx(expected, rel=1e-12)
+
+
+def nested() -> nn.Module:
+    """The layers of `space` behind a choice that has a fixed part of its own."""
+    stem, choice, head = space().children()
+    return nn.Sequential(OneOf({"deep": nn.Sequential(stem, choice), "bare": ConvBn(3, 8, 3)}), head)
+
+
+@pytest.mark.parametrize("build", [space, nested])
+def test_the_layers_of_a_network_add_up_to_its_price(build, tmp_path: Path):
+    latency = profile_space(build(), (3, 8, 8), TableDevice("board", entries()), LatencyTable(tmp_path / "t.sqlite"))
+    latency = replace(latency, calibration=Calibration(constant=0.5, scale=1.1, per_layer=-0.01, per_weight=1e-4))
+    for architecture in architectures.enumerate_architectures(build()):
+        network, by_layer = derive(build(), architecture), latency.by_layer(architecture)
+        assert sum(by_layer.values()) == pytest.approx(latency.prices.of(architecture) - 0.5, rel=1e-12)
+        named = {layer.name: layer for layer in ship_layers(network, (3, 8, 8), predicted=by_layer)}
+        assert {name for name, ms in by_layer.items() if ms} == set(named)
+        for layer in named.values():
+            entry = entries()[entry_key(network.get_submodule(layer.name), layer.input)]
+            assert layer.predicted_ms == pytest.approx(1.1 * entry - 0.01 + 1e-4 * layer.params, rel=1e-12)
 
 
 def test_an_option_without_entry_is_an_error_and_a_fixed_part_only_without_a_constant(tmp_path: Path):

@@ -31,6 +31,23 @@ class SpaceLatency:
     layers: Prices
     weights: Prices
     calibration: Calibration = field(default_factory=Calibration)
+    fixed: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Table entry in milliseconds and weights of the parts that no decision chooses (stem, head), by path."""
+
+    def by_layer(self, architecture: Mapping[str, Option]) -> dict[str, float]:
+        """Calibrated milliseconds of the layers of the derived network, by their names there; in all the price of the
+        network less the constant that it pays once."""
+        prices, per = self.prices, replace(self.calibration, constant=0.0)
+        found: dict[str, float] = {}
+        for path, option in architecture.items():
+            if not any(part.startswith(f"{path}.{option}.") for part in self.fixed):
+                name = name_in_network(path, architecture)
+                layer = name.rpartition(".")[0] if isinstance(option, int) else name  # a width belongs to its block
+                found[layer] = found.get(layer, 0.0) + prices.at(path, option)
+        for path, (raw, count) in self.fixed.items():
+            if name := name_in_network(path, architecture):
+                found[name] = per.predict((raw, 1.0, count))
+        return found
 
     @property
     def prices(self) -> Prices:
@@ -49,6 +66,18 @@ class SpaceLatency:
     def calibrated(self, networks: list[Architecture], milliseconds: list[float]) -> SpaceLatency:
         rows = [[part.of(network) for part in self._parts] for network in networks]
         return replace(self, calibration=Calibration.fit(rows, milliseconds))
+
+
+def name_in_network(path: str, architecture: Mapping[str, Option]) -> str:
+    """What a module of the space is called in the network derived from it, where options have no level of their own;
+    empty for one of an option that was not chosen."""
+    for outer in sorted(architecture, key=len, reverse=True):
+        chosen = f"{outer}.{architecture[outer]}"
+        if path == chosen or path.startswith(f"{chosen}."):
+            path = outer + path.removeprefix(chosen)
+        elif path.startswith(f"{outer}."):
+            return ""
+    return path
 
 
 def profile_space(
@@ -74,7 +103,8 @@ def profile_space(
         known, constant = table.get(device.fingerprint(), items), 0.0
 
     raw, layers, weights = (Prices(0.0, {p: dict.fromkeys(o, 0.0) for p, o in lines.options.items()}) for _ in "123")
-    fixed = [constant, 0.0, 0.0]
+    always = [constant, 0.0, 0.0]
+    fixed: dict[str, tuple[float, float]] = {}
     for atom, row in zip(found, parts, strict=True):
         measured = {width: (known[key], 1.0, _weights(module)) for width, (key, module, _) in row.items()}
         for i, prices in enumerate((raw, layers, weights)):
@@ -85,9 +115,14 @@ def profile_space(
                 path, option = atom.owner
                 prices.options[path][option] += points[0]
             else:
-                fixed[i] += points[0]
+                always[i] += points[0]
+        if atom.width is None and (atom.owner is None or atom.path != ".".join(map(str, atom.owner))):
+            fixed[atom.path] = measured[0][0], measured[0][2]
     return SpaceLatency(
-        Prices(fixed[0], raw.options, "ms"), Prices(fixed[1], layers.options), Prices(fixed[2], weights.options)
+        Prices(always[0], raw.options, "ms"),
+        Prices(always[1], layers.options),
+        Prices(always[2], weights.options),
+        fixed=fixed,
     )
 
 

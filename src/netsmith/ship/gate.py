@@ -22,7 +22,7 @@ from netsmith.cost.meter import Measurement
 from netsmith.cost.table import TableDevice
 from netsmith.errors import PromiseBroken, UserError
 from netsmith.ship.agreement import PARITY, Agreement, agree
-from netsmith.ship.layers import Layer, LayerPrice, layers
+from netsmith.ship.layers import Layer, layers
 from netsmith.tasks.classification import Task
 
 
@@ -103,7 +103,7 @@ def gate(
     reference: Mapping[str, float] | None = None,
     *,
     predicted_ms: float | None = None,
-    predict_layer: LayerPrice | None = None,
+    predicted_layers: Mapping[str, float] | None = None,
     seconds: float = 10.0,
     layer_seconds: float = 10.0,
 ) -> Verdict:
@@ -114,6 +114,7 @@ def gate(
             is ``predicted_ms``, and said to be.
         budgets: limits that hold at once; relative ones are shares of ``reference``.
         reference: measured costs of the network to compare with, by the metrics of budgets, in their units.
+        predicted_layers: milliseconds by the names of the network's layers.
         seconds: bounds the timing; an interval that straddles the limit is timed once more for three times as long.
         layer_seconds: for timing layer by layer; 0 leaves that out.
 
@@ -155,7 +156,7 @@ def gate(
         latency=measured,
         predicted_ms=predicted_ms,
         relative=relative,
-        layers=layers(plain, shape, timed, predict=predict_layer, seconds=layer_seconds),
+        layers=layers(plain, shape, timed, predicted=predicted_layers, seconds=layer_seconds),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,9 +13,6 @@ from torch import Tensor, nn
 from netsmith.cost import meter
 from netsmith.cost.counts import Macs, Params, Shape, to_meta
 from netsmith.cost.device import Device
-
-LayerPrice = Callable[[nn.Module, Shape], float | None]
-"""(layer, its input shape) -> predicted milliseconds, None where nothing is known of it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ def layers(
     input_shape: Shape,
     device: Device | None = None,
     *,
-    predict: LayerPrice | None = None,
+    predicted: Mapping[str, float] | None = None,
     seconds: float = 10.0,
 ) -> list[Layer]:
     """The layers of nested `nn.Sequential`s in order; identities are left out.
@@ -69,7 +66,7 @@ def layers(
                 output=after,
                 macs=Macs()(module, before),
                 params=Params()(module, before),
-                predicted_ms=predict(module, before) if predict else None,
+                predicted_ms=(predicted or {}).get(name),
                 measured_ms=measured[i] if measured else None,
             )
         )
