@@ -22,6 +22,7 @@ from netsmith.methods.prunet import PruNet, Pruning, Prunode
 from netsmith.run import read_events
 from netsmith.search.differentiable import CostLoss, Steps, _Loop, learn, remove_option, weights
 from netsmith.search.problem import prefer
+from netsmith.search.race import finalists
 from netsmith.search.sampling import at_budget
 
 COPIES = pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
@@ -624,17 +625,38 @@ def test_the_supernet_holds_its_start_and_no_dearer_layers(share, headroom):
             assert start[inside] in node.hidden.options
 
 
-def test_layers_that_were_never_opened_stay_out_whatever_the_budget():
+def test_layers_that_were_never_opened_come_back_for_slack_alone():
     searcher, start = next(found for share in (0.1, 0.15, 0.2) if "skip" in (found := around(share))[1].values())
-    values = searcher.values()
+    problem, budgets = searcher.problem, searcher.problem.budgets[0]
     skipped = [path for path, option in start.items() if option == "skip"]
-    for path, (layer, _) in searcher.problem.parents.items():
-        if layer in skipped:
-            assert set(values[path].values()) == {0.0}
-    everything = [replace(searcher.problem.budgets[0][0], limit=1e9)]
-    within = prefer(values, {"body": start["body"]}, 1e3)
-    for layer in skipped:
-        assert searcher.problem.allocate(within, everything)[layer] == "skip"
+    assert skipped
+    assert searcher.still >= set(skipped)
+    values = prefer(searcher.values(), {"body": start["body"]}, 1e3)
+    everything = problem.allocate(values, [replace(budgets[0], limit=1e9)])
+    assert all(everything[layer] != "skip" for layer in skipped)
+    # A width more, anywhere, is worth more than nothing, and a found layer more than one of these.
+    for layer, options in searcher.layers().items():
+        if layer not in skipped:
+            worst = min(values[layer][option] for option in options.options if option != "skip")
+            assert worst > max(values[other][option] for other in skipped for option in values[other])
+    generator = torch.Generator().manual_seed(0)
+    drawn = finalists(problem, budgets, values, 8, generator, 0.5, still=searcher.still)
+    assert len(drawn) > 1
+    for architecture in drawn:
+        free = budgets[0].limit - problem.latency.of(architecture)
+        cheapest = (
+            min(
+                problem.latency.at(layer, option)
+                + min(problem.latency.options.get(f"{layer}.{option}.hidden", {0: 0.0}).values())
+                for layer in skipped
+                if architecture.get(layer) == "skip"
+                for option in values[layer]
+                if option != "skip"
+            )
+            if any(architecture.get(layer) == "skip" for layer in skipped)
+            else float("inf")
+        )
+        assert free < cheapest
 
 
 def test_the_aim_falls_from_where_the_supernet_starts_to_the_budget():

@@ -110,8 +110,8 @@ class PruNet:
         assert isinstance(searcher, Pruning)
         values = prefer(searcher.values(), chosen, 1e3)
         generator = torch.Generator().manual_seed(run.seed(f"finalists-{number}"))
-        drawn = [start, *finalists(problem, budgets, values, self.samples, generator, self.noise)]
-        best, _ = race(problem, run, f"finalists-{number}", drawn, epochs=self.race_epochs)[0]
+        drawn = finalists(problem, budgets, values, self.samples, generator, self.noise, still=searcher.still)
+        best, _ = race(problem, run, f"finalists-{number}", [start, *drawn], epochs=self.race_epochs)[0]
         return prefer(values, best, 1e3)
 
 
@@ -421,13 +421,15 @@ class Pruning:
             for width in values[path]:
                 n = int(width)
                 values[path][width] = math.log(min(n, found) / found) + 0.25 * math.log(max(n, found) / found)
-        for path, row in values.items():
-            layer = self.problem.parents[path][0] if path in self.problem.parents else path
-            if path in self.unopened:  # below skip: only noise brings such a layer back
-                values[path] = {option: 0.0 if option == SKIP else -2.0 for option in row}
-            elif layer in self.unopened:
-                values[path] = dict.fromkeys(row, 0.0)
+        for path in self.still:
+            values[path] = {o: 0.05 if isinstance(o, str) and o != SKIP else 0.0 for o in values[path]}
         return values
+
+    @property
+    def still(self) -> set[str]:
+        """Decisions about which the search has learned nothing: the layers left out from the start. Only slack that
+        nothing else can use brings one back."""
+        return self.unopened | {path for path, (layer, _) in self.problem.parents.items() if layer in self.unopened}
 
     def _staying(self, path: str, layer: OneOf) -> float:
         if layer.options == [SKIP]:

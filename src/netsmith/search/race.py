@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -95,18 +95,26 @@ def within_each(
 
 
 def finalists(
-    problem: Problem, budgets: Sequence[Budget], values: Options, count: int, generator: torch.Generator, noise: float
+    problem: Problem,
+    budgets: Sequence[Budget],
+    values: Options,
+    count: int,
+    generator: torch.Generator,
+    noise: float,
+    *,
+    still: Collection[str] = (),
 ) -> list[Architecture]:
     """Distinct networks at the budget drawn around ``values``: the knapsack on Gumbel-perturbed values.
 
     The first is the unperturbed optimum. For additive values this samples architectures with probability growing with
-    their value (perturb-and-MAP), under the hard budget.
+    their value (perturb-and-MAP), under the hard budget. Decisions that stand ``still`` get no noise.
     """
     found = {dumps(best): best for best in [problem.allocate(values, budgets)]}
+    moving = {path: row for path, row in values.items() if path not in still}
     for _ in range(4 * count):
         if len(found) >= count:
             break
-        drawn = problem.allocate(perturbed(values, generator, noise), budgets)
+        drawn = problem.allocate(values | perturbed(moving, generator, noise), budgets)
         found.setdefault(dumps(drawn), drawn)
     return list(found.values())
 
