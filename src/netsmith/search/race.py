@@ -14,7 +14,7 @@ from netsmith.cost.prices import Options
 from netsmith.decisions import Architecture
 from netsmith.errors import UserError
 from netsmith.run import Run
-from netsmith.search.problem import Problem
+from netsmith.search.problem import Problem, prefer
 from netsmith.train.loop import evaluate, train
 
 
@@ -115,6 +115,7 @@ def finalists(
         if len(found) >= count:
             break
         drawn = problem.allocate(values | perturbed(moving, generator, noise), budgets)
+        drawn = problem.allocate(prefer(values, drawn, 1e3), budgets)  # what the noise left unspent goes into widths
         found.setdefault(dumps(drawn), drawn)
     return list(found.values())
 
