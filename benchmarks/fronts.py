@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -62,7 +61,8 @@ def method_options(name: str, key: dict, job: Job) -> dict:
         return SEARCHES.get(name, {})
     seconds = sum(r["search_cpu_seconds"] for r in load() if {n: r[n] for n in key} == key | {"method": "prunet"})
     assert seconds, "best_of needs PruNet's search with this seed: it gets as many processor seconds"
-    return {"candidates": max(3, round(seconds / seconds_per_candidate(job))), "epochs": RANKING_EPOCHS}
+    each = job.run.once("seconds-per-candidate", lambda: seconds_per_candidate(job))
+    return {"candidates": max(3, round(seconds / each)), "epochs": RANKING_EPOCHS}
 
 
 def seconds_per_candidate(job: Job) -> float:
@@ -75,12 +75,22 @@ def seconds_per_candidate(job: Job) -> float:
 
 
 def searched(job: Job, name: str, key: dict) -> dict:
-    """Values for every budget, and the processor seconds they took."""
+    """Values for every budget, and the processor seconds they took, those before a kill included."""
     options = method_options(name, key, job)
+    clock = job.run.path / "cpu_seconds.txt"
+    before = float(clock.read_text()) if clock.exists() else 0.0
     started = time.process_time()
+
+    def spent() -> float:
+        return before + time.process_time() - started
+
+    def note(*_: object) -> None:
+        clock.write_text(str(spent()))
+
+    job.run.progress = note
     found = make_method(name, options).search(job.problem, job.run)
     pairs = [[[path, list(row.items())] for path, row in values.items()] for values in found]
-    return {"options": options, "seconds": time.process_time() - started, "values": pairs}
+    return {"options": options, "seconds": spent(), "values": pairs}
 
 
 def scaled_mobilenet(job: Job, build: Callable[..., nn.Module], limit: float) -> tuple[nn.Module, dict] | None:
@@ -126,9 +136,6 @@ def front(key: dict, budgets: list[str], epochs: int, images: int | None, work: 
         "budget": [f"latency<={','.join(budgets)}"], "recipe": dataclasses.asdict(recipe), "method_options": {},
     }  # fmt: skip
     folder = work / "-".join(map(str, key.values()))
-    finished = folder / "stages" / "searched.json"
-    if not finished.exists() or '"value"' not in finished.read_text():
-        shutil.rmtree(folder, ignore_errors=True)  # a search that goes on after a kill would not know its whole time
     with Run.create(folder, problem) as run:
         job = Job(run, Quiet())
         job.task = task
