@@ -7,6 +7,7 @@ import torch
 import torchvision.models as tv
 from torch import nn
 
+from netsmith.blocks.mobile import ConvBn, MBConv
 from netsmith.cost.counts import Macs, Params
 from netsmith.decisions import derive
 from netsmith.errors import UserError
@@ -118,6 +119,22 @@ def test_small_images_run_forward_and_backward(name, channels, resolution):
     assert y.shape == (4, 10)
     y.square().sum().backward()
     assert all(p.grad is not None for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("build", "depth", "blocks"),
+    [(mobilenet_v2, 1.0, 17), (mobilenet_v2, 0.5, 11), (mobilenet_v2, 0.1, 7), (mobilenet_v3, 1.0, 15),
+     (mobilenet_v3, 0.5, 9), (mobilenet_v3, 0.1, 6)],
+)  # fmt: skip
+def test_depth_shortens_stages_and_keeps_their_first_layers(build, depth, blocks):
+    """Layers of the stages, rounded up: V2 has 1 2 3 4 3 3 1 of them, V3-large 1 2 3 4 2 3."""
+    with torch.device("meta"):
+        whole, short = build(), build(depth=depth)
+    found = [m for m in short.modules() if isinstance(m, MBConv)]
+    assert len(found) == blocks
+    strides = [math.prod(m.conv.stride[0] for m in n.modules() if isinstance(m, ConvBn)) for n in (whole, short)]
+    assert strides[0] == strides[1] == 32
+    assert short(torch.empty(1, 3, 224, 224, device="meta")).shape == (1, 1000)
 
 
 def test_given_strides_and_unknown_names():
