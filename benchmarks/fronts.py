@@ -199,7 +199,7 @@ def summary(rows: list[dict]) -> str:
         "search core-s",
     )
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for task, budget in sorted({(r["task"], r["budget"]) for r in rows}):
+    for task, _, budget in sorted({(r["task"], r["limit_ms"], r["budget"]) for r in rows}):
         group = [r for r in rows if (r["task"], r["budget"]) == (task, budget)]
         rival = {r["seed"]: 100 * r["accuracy"] for r in group if r["method"] == "best_of"}
         for name in METHODS:
@@ -208,16 +208,16 @@ def summary(rows: list[dict]) -> str:
                 continue
             accuracy = [100 * r["accuracy"] for r in mine.values()]
             leads = [100 * mine[seed]["accuracy"] - rival[seed] for seed in mine if seed in rival]
-            lead = f"{statistics.mean(leads):+.2f} ({_sd(leads) / len(leads) ** 0.5:.2f})" if leads else ""
+            lead = f"{statistics.mean(leads):+.2f} ({_spread(leads, len(leads) ** 0.5)})" if leads else "-"
             used = statistics.median(r["latency_ms"] / r["limit_ms"] for r in mine.values())
             spent = statistics.mean(r["search_cpu_seconds"] for r in mine.values())
-            cells = task, budget, name, len(mine), f"{statistics.mean(accuracy):.2f} ({_sd(accuracy):.2f})", lead
+            cells = task, budget, name, len(mine), f"{statistics.mean(accuracy):.2f} ({_spread(accuracy)})", lead
             lines.append(f"| {' | '.join(map(str, cells))} | {used:.3f} | {spent:.0f} |")
     return "\n".join(lines)
 
 
-def _sd(values: list[float]) -> float:
-    return statistics.stdev(values) if len(values) > 1 else 0.0
+def _spread(values: list[float], over: float = 1.0) -> str:
+    return f"{statistics.stdev(values) / over:.2f}" if len(values) > 1 else "-"
 
 
 def main() -> None:
