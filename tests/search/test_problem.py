@@ -78,7 +78,7 @@ def test_peak_memory_equals_brute_force():
 
 
 def test_too_little_memory_is_said_in_a_sentence():
-    with pytest.raises(UserError, match=r"peak_memory <= 1 B: the smallest network needs"):
+    with pytest.raises(UserError, match=r"peak_memory <= 1 B: the smallest network found needs"):
         problem_of(tiny).allocate(capacity(problem_of(tiny)), [Budget("peak_memory", 1.0, "B")])
 
 

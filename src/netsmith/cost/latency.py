@@ -133,7 +133,7 @@ def _parts(found: list[Atom], options: Mapping[str, list[Option]]) -> list[dict[
     rows = []
     for atom in found:
         widths = _widths(atom, options)
-        alike = (repr(atom.module), _weights(atom.module), atom.shape, *widths)
+        alike = (*atom.signature, *widths)
         if alike not in built:
             modules = {width or 0: _at(atom, width) for width in widths}
             built[alike] = {w: (entry_key(m, atom.shape), m, atom.shape) for w, m in modules.items()}

@@ -123,7 +123,7 @@ class Problem:
         if memory and (fitting := self._fitting(values, min(memory))) is None:
             raise UserError(
                 f"no network is within budget: peak_memory <= {show(min(memory), 'B')}: "
-                f"the smallest network needs {show(self._least_memory(values), 'B')}"
+                f"the smallest network found needs {show(self._least_memory(values), 'B')}"
             )
         if memory:
             values = fitting
