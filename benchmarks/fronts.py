@@ -2,13 +2,15 @@
 
     python benchmarks/fronts.py --task cifar10 --budgets 80us,120us,180us --seeds 0,1,2    # hours; goes on after a kill
     python benchmarks/fronts.py --task fashion-mnist --images 10000 --seeds 0,1,2
+    python benchmarks/fronts.py --retime                                                   # all networks once more, in turn
     python benchmarks/fronts.py --summary                                                  # the table of what is there
 
 Every line of `results/fronts.jsonl` is one network: searched on `train` and `search`, trained by one recipe on both,
 its exported file timed on one thread, and scored once on `test`. A method searches the whole front at once. `best_of`
 gets as many candidates as PruNet's search with the same seed took processor seconds. MobileNetV2 and V3 are scaled
 until their file is within 2 % of the limit. What has a line already is not done again; give each process seeds of its
-own.
+own. A machine's speed wanders by some percent from hour to hour: `--retime` builds every network of the lines again and
+times all of one budget in turn, in one process (`latency_in_turn_ms`).
 """
 
 from __future__ import annotations
@@ -26,14 +28,17 @@ from machine import machine
 from torch import nn
 
 from netsmith.cost.counts import count_macs
+from netsmith.cost.device import parse_device
 from netsmith.cost.meter import measure
+from netsmith.decisions import derive
 from netsmith.methods import make_method
 from netsmith.pipeline import Job
 from netsmith.run import Run
-from netsmith.search.promise import keep
+from netsmith.search.promise import keep, with_shifts
 from netsmith.search.race import race
 from netsmith.search.sampling import at_budget
 from netsmith.ship.export import export
+from netsmith.spaces import open_space
 from netsmith.spaces.references import mobilenet_v2, mobilenet_v3
 from netsmith.tasks import open_task
 from netsmith.train.loop import evaluate, train
@@ -47,6 +52,7 @@ SEARCHES = {
 }
 RANKING_EPOCHS = 2
 """Of `best_of`'s short trainings."""
+MOBILENETS = {"mobilenet_v2": mobilenet_v2, "mobilenet_v3": mobilenet_v3}
 
 
 class Quiet:
@@ -102,8 +108,9 @@ def scaled_mobilenet(job: Job, build: Callable[..., nn.Module], limit: float) ->
         network = build(
             width=width, depth=depth, classes=task.classes, channels=task.channels, resolution=task.resolution
         )
-        timed = measure({"x": job.device.load(network, task.input_shape)}, seconds=3.0)["x"]
-        return timed.median_ms / limit, network
+        file = export(with_shifts(network), task.input_shape, job.run.path / "untrained.onnx")
+        assert job.time_file is not None
+        return job.time_file(file) / limit, network
 
     phi = 0.0
     while (used := share(1.2**phi, 1.1**phi))[0] > 1 and phi > -10:
@@ -148,13 +155,13 @@ def front(key: dict, budgets: list[str], epochs: int, images: int | None, work: 
             torch.manual_seed(key["seed"])
             if search:
                 values = {path: dict(pairs) for path, pairs in search["values"][number]}
-                kept = keep(job.problem, run, budget, values, job.problem.budgets[number], job.time_file)
+                budgets_here = job.problem.budgets[number]
+                kept = keep(job.problem, run, budget, values, budgets_here, job.time_file, enough=0.97)
                 network = job.problem.network(kept.architecture)
                 details = {"search_cpu_seconds": round(search["seconds"] / len(budgets), 1), "rounds": kept.rounds}
                 details |= {"options": search["options"], "architecture": kept.architecture}
             else:
-                build = mobilenet_v2 if name == "mobilenet_v2" else mobilenet_v3
-                if (scaled := scaled_mobilenet(job, build, limit)) is None:
+                if (scaled := scaled_mobilenet(job, MOBILENETS[name], limit)) is None:
                     print(f"{name} has no network within {budget}", flush=True)
                     continue
                 network, details = scaled
@@ -176,6 +183,28 @@ def trained(job: Job, network: nn.Module, budget: str, epochs: int) -> dict:
         "epochs": epochs,
         "train_cpu_seconds": round(seconds, 1),
     }
+
+
+def retime(work: Path) -> None:
+    """Put `latency_in_turn_ms` into every line: all networks of a task and budget timed in one process, in turn."""
+    rows, device = load(), parse_device("ort-cpu")
+    for task_name, budget in sorted({(row["task"], row["budget"]) for row in rows}):
+        task = open_task(task_name)
+        group = [row for row in rows if (row["task"], row["budget"]) == (task_name, budget)]
+        shape = {"classes": task.classes, "channels": task.channels, "resolution": task.resolution}
+        calls = {}
+        for number, row in enumerate(group):
+            if row["method"] in MOBILENETS:
+                network = MOBILENETS[row["method"]](width=row["width"], depth=row["depth"], **shape)
+            else:
+                network = derive(open_space(row["space"], **shape), row["architecture"])
+            work.mkdir(parents=True, exist_ok=True)
+            calls[str(number)] = device.load(
+                export(with_shifts(network), task.input_shape, work / "untrained.onnx"), task.input_shape
+            )
+        for number, timed in measure(calls, seconds=2.0 * len(calls)).items():
+            group[int(number)]["latency_in_turn_ms"] = timed.median_ms
+    RESULTS.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def row_of(rows: list[dict], key: dict) -> dict | None:
@@ -209,10 +238,11 @@ def summary(rows: list[dict]) -> str:
             accuracy = [100 * r["accuracy"] for r in mine.values()]
             leads = [100 * mine[seed]["accuracy"] - rival[seed] for seed in mine if seed in rival]
             lead = f"{statistics.mean(leads):+.2f} ({_spread(leads, len(leads) ** 0.5)})" if leads else "-"
-            used = statistics.median(r["latency_ms"] / r["limit_ms"] for r in mine.values())
+            times = sorted(r.get("latency_in_turn_ms", r["latency_ms"]) / r["limit_ms"] for r in mine.values())
+            used = "-".join(dict.fromkeys(f"{share:.2f}" for share in (times[0], times[-1])))
             spent = statistics.mean(r["search_cpu_seconds"] for r in mine.values())
             cells = task, budget, name, len(mine), f"{statistics.mean(accuracy):.2f} ({_spread(accuracy)})", lead
-            lines.append(f"| {' | '.join(map(str, cells))} | {used:.3f} | {spent:.0f} |")
+            lines.append(f"| {' | '.join(map(str, cells))} | {used} | {spent:.0f} |")
     return "\n".join(lines)
 
 
@@ -229,10 +259,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--images", type=int, help="of the training images; all without it")
     parser.add_argument("--work", type=Path, default=Path("runs/fronts"))
+    parser.add_argument("--retime", action="store_true")
     parser.add_argument("--summary", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)  # two processes on two cores do more than two threads
-    for seed in [] if options.summary else map(int, options.seeds.split(",")):
+    if options.retime:
+        retime(options.work)
+    for seed in [] if options.summary or options.retime else map(int, options.seeds.split(",")):
         for name in options.methods.split(","):
             key = {"task": options.task, "seed": seed, "method": name}
             for row in front(key, options.budgets.split(","), options.epochs, options.images, options.work):

@@ -52,15 +52,19 @@ def keep(
     time_file: Callable[[Path], float] | None,
     *,
     rounds: int = 5,
+    enough: float = ENOUGH,
 ) -> Kept:
     """The most valuable architecture whose exported file keeps ``budgets``.
 
-    ``time_file`` returns measured milliseconds of an ONNX file; None where the device can only predict.
+    ``time_file`` returns measured milliseconds of an ONNX file; None where the device can only predict. ``enough``: the
+    share of a limit from which a network that keeps it is close enough.
 
     Raises: Infeasible when nothing is within the budgets; PromiseBroken when measuring contradicts the table for
     ``rounds`` rounds.
     """
-    result = run.once(f"promise-{name}", lambda: asdict(_keep(problem, run, name, values, budgets, time_file, rounds)))
+    result = run.once(
+        f"promise-{name}", lambda: asdict(_keep(problem, run, name, values, budgets, time_file, rounds, enough))
+    )
     return Kept(**result)
 
 
@@ -72,6 +76,7 @@ def _keep(
     budgets: Sequence[Budget],
     time_file: Callable[[Path], float] | None,
     rounds: int,
+    enough: float,
 ) -> Kept:
     scale = {budget.metric: AIM if _measurable(budget, time_file) else 1.0 for budget in budgets}
     best: Kept | None = None
@@ -105,7 +110,7 @@ def _keep(
             )
         if not broken and (best is None or _use(budgets, measured) > _use(budgets, best.measured)):
             best = Kept(architecture, predicted, measured, number)
-        if (not broken and _use(budgets, measured) >= ENOUGH) or (best and number >= PATIENCE):
+        if (not broken and _use(budgets, measured) >= enough) or (best and number >= PATIENCE):
             break
         swung, was_broken = number > 1 and bool(broken) != was_broken, bool(broken)
         for b in budgets:
@@ -122,17 +127,18 @@ def _keep(
 
 
 def export_untrained(problem: Problem, architecture: Architecture, path: Path) -> Path:
-    """Export a network before its training, as it will look after it.
+    """Export a network before its training, as it will look after it."""
+    return export(with_shifts(problem.network(architecture)), problem.input_shape, path)
 
-    A folded bias of all zeros is dropped by the exporter, which would make the untrained file up to 2 % faster than the
-    trained one: batch norms get random shifts.
-    """
-    network = problem.network(architecture)
+
+def with_shifts(network: nn.Module) -> nn.Module:
+    """The untrained network with random shifts in its batch norms: a folded bias of all zeros would be dropped by the
+    exporter, which makes the untrained file up to 2 % faster than the trained one."""
     generator = torch.Generator().manual_seed(0)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d) and module.affine:
             nn.init.normal_(module.bias, std=0.1, generator=generator)
-    return export(network, problem.input_shape, path)
+    return network
 
 
 def _measurable(budget: Budget, time_file: Callable[[Path], float] | None) -> bool:
