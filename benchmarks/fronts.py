@@ -2,7 +2,7 @@
 
     python benchmarks/fronts.py --task cifar10 --budgets 80us,120us,180us --seeds 0,1,2    # hours; goes on after a kill
     python benchmarks/fronts.py --task fashion-mnist --images 10000 --seeds 0,1,2
-    python benchmarks/fronts.py --retime                                                   # all networks once more, in turn
+    python benchmarks/fronts.py --retime                                                   # all of them once more
     python benchmarks/fronts.py --summary                                                  # the table of what is there
 
 Every line of `results/fronts.jsonl` is one network: searched on `train` and `search`, trained by one recipe on both,
