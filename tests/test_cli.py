@@ -342,6 +342,18 @@ def test_profile(real_run, capsys):
     assert answer["range_ms"][0] < answer["range_ms"][1]
     assert main([*line[:-1], "0"]) == 0  # the table remembers
     assert "measured now" not in capsys.readouterr().out
+    assert main([*line[:-1], "0", "--again", "--json"]) == 0
+    anew = json.loads(capsys.readouterr().out)
+    assert anew["new_entries"] >= answer["new_entries"]
+    assert anew["entries"] == answer["entries"]
+
+
+def test_a_table_that_is_far_off_says_so(real_run, capsys, monkeypatch):
+    off = {"networks": 1, "mean_percent": 36.0, "largest_percent": 36.0, "kendall_tau": 1.0}
+    monkeypatch.setattr(netsmith.profiling, "table_error", lambda predicted, measured: off)
+    line = ["profile", "--space", "fbnet_small", "--task", "digits", "--networks", "1"]
+    assert main(line) == 0
+    assert "--again measures every layer anew" in capsys.readouterr().out
 
 
 def test_a_budget_that_cannot_be_kept(real_run, capsys):

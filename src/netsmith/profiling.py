@@ -80,22 +80,35 @@ def input_shape(file: Path) -> Shape:
 
 
 def profile(
-    space_name: str, device: Device, say: Say, *, networks: int = 20, seed: int = 0, **options: int | None
+    space_name: str,
+    device: Device,
+    say: Say,
+    *,
+    networks: int = 20,
+    seed: int = 0,
+    again: bool = False,
+    **options: int | None,
 ) -> dict[str, Any]:
     """Fill the table of a device with the layers of a space, then test it on whole networks drawn at random.
 
-    ``options``: classes, channels and resolution, None for the space's own. A `TableDevice` is only checked:
-    MissingEntry names a layer that it lacks.
+    ``again``: also the layers that the table has. ``options``: classes, channels and resolution, None for the space's
+    own. A `TableDevice` is only checked: MissingEntry names a layer that it lacks.
     """
     known_options = space_options(space_name, **options)
     with torch.device("meta"):
         space = open_space(space_name, **known_options)
     shape = (known_options["channels"], known_options["resolution"], known_options["resolution"])
     table, fingerprint = LatencyTable(), device.fingerprint()
-    before, started = len(table.entries(fingerprint)), time.perf_counter()
+    started, new = time.perf_counter(), 0
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal new
+        new = total
+        say.progress(what, done, total)
+
     say.stage(f"layers of {space_name} at {'x'.join(map(str, shape))}")
-    latency = profile_space(space, shape, device, table, say.progress)
-    new, spent = len(table.entries(fingerprint)) - before, time.perf_counter() - started
+    latency = profile_space(space, shape, device, table, progress, again=again)
+    spent = time.perf_counter() - started
     error: dict[str, Any] | None = None
     if not isinstance(device, TableDevice):
         known = calibration_networks(space, seed, raw=latency.raw)
@@ -112,7 +125,7 @@ def profile(
         "fingerprint": fingerprint,
         "versions": device.versions(),
         "input": list(shape),
-        "entries": len(device.table) if isinstance(device, TableDevice) else before + new,
+        "entries": len(device.table if isinstance(device, TableDevice) else table.entries(fingerprint)),
         "new_entries": new,
         "ms_per_entry": 1e3 * spent / new if new else None,
         "range_ms": [prices.of(extreme(prices.options, parents, largest=largest)) for largest in (False, True)],

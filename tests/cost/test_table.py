@@ -92,6 +92,9 @@ def test_profile_measures_what_is_missing_once(tmp_path: Path, monkeypatch: pyte
     assert times[0] < times[1] < times[2]
     assert table.profile(device, items, lambda done, todo: seen.append((done, todo))) == 0.0
     assert len(seen) == 2
+    table.put(device.fingerprint(), dict.fromkeys(items, entry(1e6)))  # as if from a machine in trouble
+    assert table.profile(device, items, again=True) > 0
+    assert max(table.get(device.fingerprint(), items).values()) < 1e3
 
 
 def test_profile_names_the_layer_it_cannot_measure(tmp_path: Path):

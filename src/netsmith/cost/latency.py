@@ -81,9 +81,16 @@ def name_in_network(path: str, architecture: Mapping[str, Option]) -> str:
 
 
 def profile_space(
-    space: nn.Module, input_shape: Shape, device: Device, table: LatencyTable, progress: Progress | None = None
+    space: nn.Module,
+    input_shape: Shape,
+    device: Device,
+    table: LatencyTable,
+    progress: Progress | None = None,
+    *,
+    again: bool = False,
 ) -> SpaceLatency:
-    """Fill the table with what the space needs and read it back, uncalibrated. ``space`` may be on the meta device.
+    """Fill the table with what the space needs (``again``: whether or not it has it) and read it back, uncalibrated.
+    ``space`` may be on the meta device.
 
     A width decision is measured at some widths; between two of them the time is interpolated linearly. Nothing else
     is ever guessed: an entry that was not measured raises MissingEntry.
@@ -99,7 +106,8 @@ def profile_space(
         known: Mapping[str, float] = device.get(items)
         constant = device.constant_ms
     else:
-        table.profile(device, items, (lambda done, all_: progress("layers", done, all_)) if progress else None)
+        note = (lambda done, all_: progress("layers", done, all_)) if progress else None
+        table.profile(device, items, note, again=again)
         known, constant = table.get(device.fingerprint(), items), 0.0
 
     raw, layers, weights = (Prices(0.0, {p: dict.fromkeys(o, 0.0) for p, o in lines.options.items()}) for _ in "123")

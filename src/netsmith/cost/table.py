@@ -118,18 +118,19 @@ class LatencyTable:
         items: Items,
         progress: Callable[[int, int], None] | None = None,
         *,
+        again: bool = False,
         group: int = 48,
         reference_kernel: Reference | None = None,
     ) -> float:
-        """Measure what is missing, `group` layers at a time in round-robin; return the milliseconds spent per new
-        entry (0 if none).
+        """Measure what is missing (with `again` everything), `group` layers at a time in round-robin; return the
+        milliseconds spent per entry measured (0 if none).
 
         Each group is committed when it is done, so the process may be killed at any moment and goes on where it was.
         `progress` gets (entries done, entries to do). Errors: what the device raises for a layer, with the layer's
         key.
         """
         fingerprint, versions = device.fingerprint(), device.versions()
-        todo = self.missing(fingerprint, items)
+        todo = list(items) if again else self.missing(fingerprint, items)
         kernel = reference_kernel or reference()
         started = time.perf_counter()
         for first in range(0, len(todo), group):
