@@ -20,7 +20,8 @@ from dataclasses import dataclass
 
 from machine import machine, save
 
-from netsmith.search.allocate import Limit, Options, allocate, diverse, extreme
+from netsmith.architecture import extreme
+from netsmith.search.allocate import Limit, Options, allocate, diverse
 
 SIZES = [(22, 9), (50, 30), (100, 197)]
 SECONDS = 20.0  # for each solver and instance; beyond it counts as unproven

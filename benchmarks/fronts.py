@@ -50,8 +50,8 @@ SEARCHES = {
     "prunet": {"steps": {"epochs": 6, "warmup_epochs": 1}, "race_epochs": [1, 4]},
     "fbnet": {"steps": {"epochs": 6, "warmup_epochs": 1}, "race_epochs": [1, 4], "paths": "one"},
 }
-"""Shorter than the defaults. With `paths: all` a weight step of FBNet takes eleven times as long (2.3 to 6.5 s), and the
-search twice as long as PruNet's."""
+"""Shorter than the defaults. With `paths: all` a weight step of FBNet takes eleven times as long (2.3 to 6.5 s), and
+the search twice as long as PruNet's."""
 RANKING_EPOCHS = 2
 """Of `best_of`'s short trainings."""
 MOBILENETS = {"mobilenet_v2": mobilenet_v2, "mobilenet_v3": mobilenet_v3}

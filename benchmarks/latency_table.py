@@ -25,6 +25,7 @@ import torch
 from machine import machine, save
 from scipy.stats import kendalltau
 
+from netsmith.architecture import outline
 from netsmith.blocks.mobile import MBConv
 from netsmith.cost.counts import Macs
 from netsmith.cost.device import OrtCpu
@@ -61,9 +62,9 @@ def case(name: str, resolution: int, calibration: int, unseen: int, seconds: flo
         spent, busy = time.perf_counter() - started, time.process_time() - busy
         entries = table.entries(device.fingerprint())
         known = calibration_networks(space, 0, calibration, latency.raw)
-        generator = torch.Generator().manual_seed(2)
+        generator, lines = torch.Generator().manual_seed(2), outline(space)
         others = calibration_networks(space, 1, unseen)
-        others += [leaning(space, latency.raw, generator) for _ in range(unseen)]
+        others += [leaning(lines, latency.raw, generator) for _ in range(unseen)]
         times = calibrate(space, shape, device, latency, known + others, seconds=seconds)
         second = calibrate(space, shape, device, latency, others, seconds=seconds) if again else None
     latency = latency.calibrated(known, times[:calibration])

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from machine import machine, save
 
+from netsmith.architecture import extreme
 from netsmith.cost.budget import Budget
 from netsmith.cost.device import OrtCpu
 from netsmith.cost.latency import calibrate, calibration_networks, profile_space
@@ -34,7 +35,6 @@ from netsmith.cost.prices import Options
 from netsmith.cost.table import LatencyTable
 from netsmith.errors import PromiseBroken
 from netsmith.run import Run
-from netsmith.search.allocate import extreme
 from netsmith.search.problem import Problem
 from netsmith.search.promise import export_untrained, keep
 from netsmith.search.sampling import capacity

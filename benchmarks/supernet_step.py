@@ -339,7 +339,7 @@ def over_a_search(copies: str, headroom: float, epochs: int, steps: int) -> dict
         F.cross_entropy(searcher.supernet(batch.images), batch.labels).backward()
 
     def architecture() -> None:
-        from netsmith.decisions import weights
+        from netsmith.search.differentiable import weights
 
         frozen = weights(searcher.supernet)
         for parameter in frozen:

@@ -62,18 +62,6 @@ def test_nothing_to_mutate_returns_the_same():
     assert arch.mutate(model, {"0": "only"}, rng()) == {"0": "only"}
 
 
-def test_crossover_takes_every_decision_from_a_parent(nested):
-    model, generator = nested(), rng()
-    for _ in range(200):
-        left, right = arch.sample(model, generator), arch.sample(model, generator)
-        child = arch.crossover(model, left, right, generator)
-        arch.check(model, child)
-        for path, option in child.items():
-            given_ = [parent[path] for parent in (left, right) if path in parent]
-            assert not given_ or option in given_
-        assert arch.crossover(model, left, left, generator) == left
-
-
 def test_argmax_follows_the_logits(nested):
     model = nested()
     for target in arch.enumerate_architectures(model):

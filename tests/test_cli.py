@@ -348,6 +348,16 @@ def test_profile(real_run, capsys):
     assert anew["entries"] == answer["entries"]
 
 
+def test_profile_with_one_network_or_none_to_test_on(real_run, capsys):
+    line = ["profile", "--space", "fbnet_small", "--task", "digits", "--networks"]
+    assert main([*line, "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["error"]["kendall_tau"] is None
+    assert main([*line, "-5"]) == 2
+    assert "networks is -5; allowed: 0 or more" in capsys.readouterr().err
+    assert main(["profile", "--channels", "0"]) == 2
+    assert "channels is 0; allowed: 1 or more" in capsys.readouterr().err
+
+
 def test_a_table_that_is_far_off_says_so(real_run, capsys, monkeypatch):
     off = {"networks": 1, "mean_percent": 36.0, "largest_percent": 36.0, "kendall_tau": 1.0}
     monkeypatch.setattr(netsmith.profiling, "table_error", lambda predicted, measured: off)

@@ -10,8 +10,9 @@ from torch import nn
 from netsmith import gates
 from netsmith.architecture import enumerate_architectures, sample
 from netsmith.blocks.mobile import ConvBn, MBConv
-from netsmith.decisions import Decision, Draw, OneOf, Width, decisions, derive, logits, parents, weights
+from netsmith.decisions import Decision, Draw, OneOf, Width, decisions, derive, logits, parents
 from netsmith.errors import UserError
+from netsmith.search.differentiable import weights
 
 IMAGES = (4, 3, 8, 8)
 

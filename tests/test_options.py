@@ -88,6 +88,27 @@ def test_an_unknown_method():
         make_method("fbnett")
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("best_of", {"candidates": 0}, "candidates: 0 was given; it should be greater than 0"),
+        ("prunet", {"race_epochs": []}, "race_epochs: [] was given; it"),
+        ("prunet", {"check_every": 0}, "check_every: 0 was given"),
+        ("prunet", {"headroom": -1}, "headroom: -1 was given; it should be greater than or equal to 0"),
+        ("prunet", {"layer_start": 1.0}, "layer_start: 1.0 was given; it should be less than 1"),
+        ("prunet", {"settled": 0.0}, "settled: 0.0 was given"),
+        ("fbnet", {"temperature": 0}, "temperature: 0 was given"),
+        ("fbnet", {"steps": {"architecture_rate": -1}}, "steps.architecture_rate: -1 was given"),
+        ("fbnet", {"steps": {"batch_size": 0}}, "steps.batch_size: 0 was given"),
+        ("prunet", {"steps": {"epochs": 3, "warmup_epochs": 3}}, "steps.warmup_epochs is 3; allowed: less than the 3"),
+    ],
+)
+def test_method_options_out_of_range_are_named_before_anything_runs(method, options, said):
+    with pytest.raises(UserError) as error:
+        make_method(method, options)
+    assert said in str(error.value)
+
+
 def test_a_value_out_of_range_is_named():
     with pytest.raises(UserError, match=r"recipe\.epochs is 0; allowed: 1 or more"):
         checked(Recipe, {"epochs": 0}, "recipe")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,15 +80,28 @@ def mutate(space: nn.Module | Outline, architecture: Mapping[str, Option], gener
     return assemble(lines, choose)
 
 
-def crossover(
-    space: nn.Module | Outline, left: Mapping[str, Option], right: Mapping[str, Option], generator: torch.Generator
+def extreme(
+    prices: Mapping[str, Mapping[Any, float]],
+    parents: Mapping[str, tuple[str, Option]] | None = None,
+    *,
+    largest: bool = True,
 ) -> Architecture:
-    """Every decision from one of two parents; what neither has decided is drawn."""
+    """The dearest (or cheapest) architecture, the first of equals, by dynamic programming over the tree."""
+    inner: dict[tuple[str, Option], list[str]] = {}
+    for path in prices:
+        if parents and path in parents:
+            inner.setdefault(parents[path], []).append(path)
 
-    def choose(path: str, options: list[Option]) -> Option:
-        return pick([parent[path] for parent in (left, right) if path in parent] or options, generator)
+    def best(path: str) -> tuple[float, Architecture]:
+        def with_option(option: Option) -> tuple[float, Architecture]:
+            below = [best(nested) for nested in inner.get((path, option), ())]
+            price = prices[path][option] + sum(price for price, _ in below)
+            return price, {path: option} | {key: chosen for _, part in below for key, chosen in part.items()}
 
-    return assemble(space, choose)
+        return (max if largest else min)(map(with_option, prices[path]), key=lambda found: found[0])
+
+    tops = [best(path) for path in prices if not parents or path not in parents]
+    return {key: chosen for _, part in tops for key, chosen in part.items()}
 
 
 def argmax(model: nn.Module) -> Architecture:

@@ -163,12 +163,6 @@ def logits(model: nn.Module) -> list[nn.Parameter]:
     return [decision.logits for decision in decisions(model).values()]
 
 
-def weights(model: nn.Module) -> list[nn.Parameter]:
-    """All other parameters: what is trained on the ``train`` split."""
-    own = {id(parameter) for parameter in logits(model)}
-    return [parameter for parameter in model.parameters() if id(parameter) not in own]
-
-
 def derive(model: nn.Module, architecture: Mapping[str, Option]) -> nn.Module:
     """The plain network that ``architecture`` names, with copies of the supernet's weights; ``model`` stays untouched.
 

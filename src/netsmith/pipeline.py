@@ -195,6 +195,8 @@ def check_feasible(job: Job, problem: Problem) -> None:
         try:
             problem.allocate(capacity(problem), budgets)
         except Infeasible as error:
+            if not error.reachable:
+                raise
             smallest = dict(zip([limit.name for limit in problem.limits(budgets)], error.reachable, strict=True))
             near = [b if b.metric not in smallest else _raised(b, smallest[b.metric][0], job) for b in asked]
             if near == asked:  # each can be kept, only not all at once

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netsmith.cost.budget import parse_budgets
-from netsmith.cost.device import parse_device
+from netsmith.cost.device import Device, TorchCuda, parse_device
 from netsmith.errors import UserError, unknown
 from netsmith.methods import METHODS, make_method, method_class
 from netsmith.options import SearchOptions, checked
@@ -66,7 +66,8 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     task = open_task(task_name, options.data, resolution=options.resolution)
     space = options.space or default_space(options.method, task.resolution)
     shape = {"classes": task.classes, "channels": task.channels, "resolution": task.resolution}
-    space_options = {**shape, **_offered_widths(space, options), **options.space_options}
+    device = None if options.table else parse_device(options.device)
+    space_options = {**shape, **offered_widths(space, device), **options.space_options}
     with torch.device("meta"):  # wrong options should not leave a folder behind
         open_space(space, **space_options)
     problem = {
@@ -88,14 +89,15 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     return {**problem, "command": list(command)} if command else problem
 
 
-def _offered_widths(space: str, options: SearchOptions) -> dict[str, int]:
-    """The step between widths, where the space leaves it to the device: the device's own staircase, measured once."""
-    if space_defaults(space).get("step", 0) is not None or options.table or options.device.startswith("torch-cuda"):
+def offered_widths(space: str, device: Device | None) -> dict[str, int]:
+    """The step between widths, where the space leaves it to the device: the device's own staircase, measured once.
+    Empty where nothing can be measured (None), and for a GPU, on which one block shows no staircase."""
+    if space_defaults(space).get("step", 0) is not None or device is None or isinstance(device, TorchCuda):
         return {}
     from netsmith.cost.latency import width_step
     from netsmith.cost.table import LatencyTable
 
-    return {"step": width_step(parse_device(options.device), LatencyTable())}
+    return {"step": width_step(device, LatencyTable())}
 
 
 def default_space(method: str, resolution: int) -> str:

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from netsmith.architecture import outline
+from netsmith.architecture import extreme, outline
 from netsmith.cost.counts import Shape
 from netsmith.cost.device import Device, OrtCpu, parse_device
 from netsmith.cost.latency import calibrate, calibration_networks, profile_space
 from netsmith.cost.meter import measure
 from netsmith.cost.table import LatencyTable, TableDevice
-from netsmith.errors import UserError, unknown
-from netsmith.search.allocate import extreme
+from netsmith.errors import UserError
+from netsmith.prepare import offered_widths
 from netsmith.ship.weights import load, points
-from netsmith.spaces import SPACES, open_space
+from netsmith.spaces import open_space, space_defaults
 
 if TYPE_CHECKING:
     from netsmith.pipeline import Say
@@ -94,7 +92,12 @@ def profile(
     ``again``: also the layers that the table has. ``options``: classes, channels and resolution, None for the space's
     own. A `TableDevice` is only checked: MissingEntry names a layer that it lacks.
     """
-    known_options = space_options(space_name, **options)
+    defaults = space_defaults(space_name)
+    known_options = {name: defaults[name] if value is None else value for name, value in options.items()}
+    for name, value, least in [("networks", networks, 0), *((*item, 1) for item in known_options.items())]:
+        if value < least:
+            raise UserError(f"{name} is {value}; allowed: {least} or more")
+    known_options |= offered_widths(space_name, None if isinstance(device, TableDevice) else device)
     with torch.device("meta"):
         space = open_space(space_name, **known_options)
     shape = (known_options["channels"], known_options["resolution"], known_options["resolution"])
@@ -116,7 +119,8 @@ def profile(
         unseen = calibration_networks(space, seed + 1, networks)
         times = calibrate(space, shape, device, latency, [*known, *unseen], seconds=0.8 * (len(known) + networks))
         latency = latency.calibrated(known, times[: len(known)])
-        predicted = [latency.prices.of(network) for network in unseen]
+        prices = latency.prices
+        predicted = [prices.of(network) for network in unseen]
         error = table_error(predicted, times[len(known) :]) if unseen else None
     prices, parents = latency.prices, outline(space).parents
     return {
@@ -134,7 +138,8 @@ def profile(
 
 
 def table_error(predicted: list[float], measured: list[float]) -> dict[str, Any]:
-    """How far predictions are from measured milliseconds: mean and largest error in percent, and Kendall's tau."""
+    """How far predictions are from measured milliseconds: mean and largest error in percent, and Kendall's tau
+    (None for a single network)."""
     from scipy.stats import kendalltau
 
     errors = [100 * abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
@@ -143,16 +148,7 @@ def table_error(predicted: list[float], measured: list[float]) -> dict[str, Any]
         "networks": len(measured),
         "mean_percent": sum(errors) / len(errors),
         "largest_percent": max(errors),
-        "kendall_tau": float(tau.statistic),
+        "kendall_tau": float(tau.statistic) if len(measured) > 1 else None,
         "predicted_ms": predicted,
         "measured_ms": measured,
     }
-
-
-def space_options(space: str, **given: int | None) -> dict[str, Any]:
-    """Classes, channels and resolution of a space: its own where None is given."""
-    if space not in SPACES:
-        raise unknown("space", space, SPACES)
-    module, function = SPACES[space].split(":")
-    known = inspect.signature(getattr(import_module(module), function)).parameters
-    return {name: known[name].default if value is None else value for name, value in given.items()}

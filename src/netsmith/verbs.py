@@ -232,7 +232,8 @@ class Profile:
         if error := data["error"]:
             lines.append(
                 f"on {error['networks']} random networks it has never seen: mean error {error['mean_percent']:.1f} %, "
-                f"largest {error['largest_percent']:.1f} %, Kendall tau {error['kendall_tau']:.2f}"
+                f"largest {error['largest_percent']:.1f} %"
+                + ("" if error["kendall_tau"] is None else f", Kendall tau {error['kendall_tau']:.2f}")
             )
             if error["mean_percent"] > FAR_OFF:
                 lines.append("that is far off: the machine was busy, now or before; --again measures every layer anew")

@@ -109,6 +109,15 @@ def test_unknown_operator_is_named():
         onnx_model(made("by the exporter"), (8, 12, 12))
 
 
+def test_a_mean_over_everything_is_left_to_the_exporter():
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean()
+
+    with pytest.raises(Unsupported, match="mean over all axes"):
+        onnx_model(Mean(), (8, 4, 4))
+
+
 def test_a_write_through_a_view_is_not_guessed():
     class Shared(nn.Module):
         def forward(self, x):
@@ -136,6 +145,30 @@ def test_files_are_checked_and_run(tmp_path: Path):
         TorchCpu().load(file, (8, 12, 12))
 
 
+@pytest.mark.parametrize("element", ["FLOAT16", "UINT8"])
+def test_a_file_that_takes_no_floats_is_named(element: str, tmp_path: Path):
+    kind = getattr(onnx.TensorProto, element)
+    x, y = (onnx.helper.make_tensor_value_info(name, kind, [1, 3, 4, 4]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10),
+        tmp_path / "m.onnx",
+    )
+    with pytest.raises(UserError, match=r"takes x tensor\(.*what is timed takes one image"):
+        OrtCpu().load(tmp_path / "m.onnx", (3, 4, 4))
+
+
+def test_a_file_with_two_inputs_is_named(tmp_path: Path):
+    x, m, y = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 3, 4, 4]) for name in "xmy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Add", ["x", "m"], ["y"])], "g", [x, m], [y])
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10),
+        tmp_path / "m.onnx",
+    )
+    with pytest.raises(UserError, match=r"takes x tensor\(float\), m tensor\(float\)"):
+        OrtCpu().load(tmp_path / "m.onnx", (3, 4, 4))
+
+
 def test_fingerprints_tell_options_apart():
     prints = {OrtCpu().fingerprint(), OrtCpu(threads=2).fingerprint(), TorchCpu().fingerprint()}
     assert len(prints) == 3
@@ -158,6 +191,7 @@ def test_devices_are_parsed():
         ("ort-gpu", "unknown device 'ort-gpu'; did you mean 'ort-cpu'"),
         ("ort-cpu:thread=2", "did you mean 'threads'"),
         ("ort-cpu:threads=two", "whole number"),
+        ("ort-cpu:threads=99999999999999999999", "from 1 to 1024"),
         ("torch-cuda:precision=fp8", "allowed: fp16, bf16, fp32"),
         ("torch-cpu:channels_last=maybe", "allowed: true, false"),
     ],

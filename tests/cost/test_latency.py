@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from netsmith import architecture as architectures
+from netsmith.architecture import extreme, outline
 from netsmith.blocks.mobile import ConvBn, Head, MBConv
+from netsmith.cost.counts import Macs
 from netsmith.cost.imported import import_table
-from netsmith.cost.latency import SpaceLatency, interpolate, profile_space, width_step
-from netsmith.cost.prices import Prices
+from netsmith.cost.latency import SpaceLatency, calibration_networks, interpolate, leaning, profile_space, width_step
+from netsmith.cost.prices import Prices, tabulate
 from netsmith.cost.table import Calibration, LatencyTable, MissingEntry, TableDevice, entry_key
 from netsmith.decisions import OneOf, Width, derive
 from netsmith.ship.layers import layers as ship_layers
@@ -73,6 +75,21 @@ def test_an_option_without_entry_is_an_error_and_a_fixed_part_only_without_a_con
         profile_space(space(), (3, 8, 8), TableDevice("board", lacking), table)
     latency = profile_space(space(), (3, 8, 8), TableDevice("board", lacking, constant_ms=5.0), table)
     assert latency.prices.of({"1": "skip"}) == pytest.approx(6.0)
+
+
+@pytest.mark.parametrize("name", ["fbnet_small", "prunet_small"])
+def test_calibration_networks_cover_the_range(name: str):
+    with torch.device("meta"):
+        supernet = open_space(name)
+    raw, lines = tabulate(supernet, Macs(), (3, 32, 32)), outline(supernet)
+    low, high = (raw.of(extreme(raw.options, lines.parents, largest=largest)) for largest in (False, True))
+    costs = [raw.of(network) for network in calibration_networks(supernet, 0, 16, raw)]
+    assert costs[:2] == [low, high]
+    uniform = [raw.of(network) for network in calibration_networks(supernet, 0, 200)]
+    generator = torch.Generator().manual_seed(0)
+    leaning_ = [raw.of(leaning(lines, raw, generator)) for _ in range(200)]
+    assert min(leaning_) < min(uniform)
+    assert max(leaning_) > max(uniform)
 
 
 def test_interpolation_stays_between_measured_widths():

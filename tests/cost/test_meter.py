@@ -136,10 +136,21 @@ def test_the_best_outlives_the_process_and_grows_old(tmp_path):
     old = Reference(lambda: None, memory=file, lifetime=-1.0)
     old.recall()
     assert old.best == math.inf
-    file.write_text("not json")
-    broken = Reference(lambda: None, memory=file)
-    broken.recall()
-    assert broken.best == math.inf
+    for text in ("not json", "[]"):
+        file.write_text(text)
+        broken = Reference(lambda: None, memory=file)
+        broken.recall()
+        assert broken.best == math.inf
+
+
+def test_a_worse_best_does_not_replace_another_processes_better_one(tmp_path):
+    file = tmp_path / "reference.json"
+    one, other = (Reference(lambda: None, memory=file) for _ in "12")
+    one.remember(9.0e-6)
+    other.remember(9.5e-6)
+    third = Reference(lambda: None, memory=file)
+    third.recall()
+    assert third.best == other.best == 9.0e-6
 
 
 def test_the_real_kernel_is_short(tmp_path, monkeypatch):

@@ -215,3 +215,19 @@ def test_modules_that_print_alike_are_not_confused():
 
     model = nn.Sequential(OneOf({"one": Scale((1,)), "each": Scale((3, 1, 1))}))
     assert tabulate(model, Params(), SHAPE).options == {"0": {"one": 1.0, "each": 3.0}}
+
+    class Down(nn.Module):
+        def __init__(self, by: int) -> None:
+            super().__init__()
+            self.by = by
+
+        def forward(self, x):
+            return x[:, :, :: self.by]
+
+    def smaller(by: int) -> nn.Module:
+        return nn.Sequential(Down(by), nn.Conv2d(3, 8, 1), nn.AdaptiveAvgPool2d(1))
+
+    candidates = {f"by{n}": smaller(n) for n in (2, 4)}
+    options = tabulate(nn.Sequential(OneOf(candidates)), Macs(), SHAPE).options
+    assert options == {"0": {name: Macs()(module, SHAPE) for name, module in candidates.items()}}
+    assert options["0"]["by2"] == 2 * options["0"]["by4"]

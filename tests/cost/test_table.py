@@ -1,4 +1,5 @@
 import csv
+import gzip
 import json
 import os
 import signal
@@ -150,6 +151,25 @@ def test_own_tables_are_imported(tmp_path: Path):
             import_table(tmp_path / name)
     with pytest.raises(UserError, match="cannot read"):
         import_table(tmp_path / "absent.csv")
+    whole = gzip.compress(b'{"a": 1.0}' * 100)
+    (tmp_path / "torn.json.gz").write_bytes(whole[:12] + bytes([255 - whole[12]]) + whole[13:])
+    with pytest.raises(UserError, match="cannot read"):
+        import_table(tmp_path / "torn.json.gz")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="no latency table of a known format"):
+        import_table(tmp_path / "deep.json")
+    (tmp_path / "parts.json").write_text('{"cpu": {"base": -5}}')
+    with pytest.raises(UserError, match=r"gives -5\.0 ms for what all networks have"):
+        import_table(tmp_path / "parts.json", "cpu")
+
+
+def test_a_cache_that_cannot_be_used_is_named(tmp_path: Path):
+    (tmp_path / "latency.sqlite").write_bytes(b"no database at all" * 100)
+    with pytest.raises(UserError, match=r"latency\.sqlite cannot be used: file is not a database; delete it"):
+        LatencyTable(tmp_path / "latency.sqlite")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be used: .*NETSMITH_CACHE"):
+        LatencyTable(tmp_path / "file" / "latency.sqlite")
 
 
 @with_data

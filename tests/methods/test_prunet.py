@@ -18,6 +18,7 @@ from netsmith.architecture import enumerate_architectures
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
 from netsmith.cost.prices import expected
 from netsmith.decisions import Draw, OneOf, Width, decisions
+from netsmith.errors import UserError
 from netsmith.methods.prunet import PruNet, Pruning, Prunode
 from netsmith.run import read_events
 from netsmith.search.differentiable import CostLoss, Steps, _Loop, learn, remove_option, weights
@@ -429,19 +430,19 @@ def test_skip_is_absent_before_its_time():
     assert all(d.sigmoid().item() == pytest.approx(0.7) for d in searcher.depth.values())
 
 
-def dotted() -> nn.Module:
-    """Layers numbered as in the large spaces: stage1.0."""
+def numbered() -> nn.Module:
+    """Layers that say nothing of their stage, as in the space `fbnet`."""
 
     def layer(inputs: int, outputs: int) -> OneOf:
         options: dict[str, nn.Module] = {"ir": MBConv(inputs, outputs, hidden=Width((4, 8, 16)))}
         return OneOf(options | ({"skip": nn.Identity()} if inputs == outputs else {}))
 
-    stages = [nn.Sequential(layer(8, 12), layer(12, 12), layer(12, 12)), nn.Sequential(layer(12, 12), layer(12, 12))]
-    parts = OrderedDict(stem=ConvBn(1, 8, 3), stage1=stages[0], stage2=stages[1], head=Head(12, 16, 3))
-    return nn.Sequential(parts)
+    widths = [(8, 12), (12, 12), (12, 12), (12, 16), (16, 16)]
+    layers = {f"layer{i}": layer(*pair) for i, pair in enumerate(widths)}
+    return nn.Sequential(OrderedDict(stem=ConvBn(1, 8, 3), **layers, head=Head(16, 16, 3)))
 
 
-@pytest.mark.parametrize(("build", "stages"), [(macro, 2), (dotted, 2)], ids=["stage1_0", "stage1.0"])
+@pytest.mark.parametrize(("build", "stages"), [(macro, 2), (numbered, 2)], ids=["stage1_0", "layer0"])
 def test_at_most_one_layer_of_a_stage_goes_in_a_sweep_and_never_one_that_changes_the_shape(build, stages):
     searcher = pruning(1e-3, build, block_pruning=False)
     optimizer = adam(searcher)
@@ -455,7 +456,7 @@ def test_at_most_one_layer_of_a_stage_goes_in_a_sweep_and_never_one_that_changes
             d.data.fill_(-9.0)
         gone.append([event["path"] for event in searcher.sweep(0.9, optimizer)])
     assert len(gone[0]) == stages
-    assert all(len({path[:-2] for path in row}) == len(row) for row in gone)
+    assert all(len({searcher.stages[path] for path in row}) == len(row) for row in gone)
     assert sum(map(len, gone)) == count
     for path, layer in searcher.layers().items():
         assert layer.options == (["ir", "ir5", "fused"][: len(layer.options)] if path in changing else ["skip"])
@@ -490,7 +491,7 @@ def test_a_clear_layer_is_kept_for_good():
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_expected_latency_is_the_mean_over_all_networks(gated):
-    searcher = lopsided(pruning(build=dotted))
+    searcher = lopsided(pruning(build=numbered))
     if gated:
         searcher._prune_layers(0.5, adam(searcher))
         for i, d in enumerate(searcher.depth.values()):
@@ -499,7 +500,7 @@ def test_expected_latency_is_the_mean_over_all_networks(gated):
     found, prices = decisions(searcher.supernet), searcher.problem.prices["latency"]
     weight = {path: {d.options[i]: w.item() for i, w in zip(*d.draw(), strict=True)} for path, d in found.items()}
     total = mean = 0.0
-    for architecture in enumerate_architectures(dotted()):
+    for architecture in enumerate_architectures(numbered()):
         probability = math.prod(weight[path].get(option, 0.0) for path, option in architecture.items())
         total += probability
         mean += probability * prices.of(architecture)
@@ -593,6 +594,31 @@ def test_budgets_of_a_front_share_the_warm_up_under_their_own_ceilings(headroom,
     top = {name: [w for e in events if e["search"] == name for _, w in e["widths"].values()] for name in epochs}
     if headroom:
         assert max(top["prune-0"]) < max(top["prune-1"])
+
+
+def test_budgets_whose_starts_have_other_layers_do_not_share_a_warm_up(tmp_path, monkeypatch):
+    """Their supernets hold other layers: the weights of one do not fit into the other."""
+    problem = problem_of(numbered, shares=(0.3, 0.9), task=stripes(64))
+    narrow = {path: row[0] for path, row in problem.outline.options.items() if path not in problem.parents}
+    starts = []
+    for left_out in (["layer1", "layer2"], ["layer1"], ["layer1", "layer2"]):
+        chosen = {path: "skip" if path in left_out else "ir" for path in narrow}
+        starts.append(chosen | {f"{path}.ir.hidden": 8 for path, option in chosen.items() if option == "ir"})
+    problem.budgets.append(problem.budgets[1])
+    monkeypatch.setattr(PruNet, "_start", lambda self, problem, run, name, budgets: starts[int(name[-1])])
+    outcome = search("prunet", tmp_path / "run", problem=problem, headroom=2.0)
+    assert len(outcome.architectures) == 3
+    searches = {event["search"] for event in read_events(tmp_path / "run") if event["kind"] == "search_epoch"}
+    assert searches == {"warm-0", "warm-1", "prune-0", "prune-1", "prune-2"}
+
+
+def test_a_block_that_cannot_run_at_two_widths_is_named():
+    block = MBConv(8, 8, hidden=Width((4, 8)))
+    block.channels = block._modules.pop("hidden")
+    searcher = Pruning.__new__(Pruning)
+    searcher.supernet, searcher.method = nn.Sequential(block), PruNet()
+    with pytest.raises(UserError, match=r"MBConv at '0' cannot run at two widths: .* such as MBConv"):
+        searcher._insert_prunodes()
 
 
 # The supernet around a network -------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ from netsmith.cost.budget import Budget
 from netsmith.errors import PromiseBroken
 from netsmith.run import read_events
 from netsmith.search import promise
-from netsmith.search.allocate import Infeasible
+from netsmith.search.allocate import Infeasible, Unsolved
+from netsmith.search.problem import Problem
 from netsmith.search.promise import keep
 from netsmith.search.sampling import capacity
 
@@ -82,6 +83,28 @@ def test_the_best_kept_network_stays_when_a_later_round_breaks(kept):
     found, limit, device = kept(0.5, lambda predicted, number: predicted * (0.9 if number == 1 else 1.3))
     assert found.measured["latency"] <= limit
     assert device.timed >= found.rounds > 1
+
+
+def test_what_was_kept_survives_a_solver_that_runs_out_of_time(kept, monkeypatch):
+    allocate, calls = Problem.allocate, []
+
+    def late(self, *args):
+        calls.append(1)
+        if len(calls) > 1:
+            raise Unsolved("out of time")
+        return allocate(self, *args)
+
+    monkeypatch.setattr(Problem, "allocate", late)
+    found, limit, _ = kept(0.5, lambda predicted, _: 0.8 * predicted)
+    assert found.measured["latency"] < 0.9 * limit
+    assert found.rounds == 1
+
+
+def test_a_limit_met_to_the_last_digit_is_kept(kept):
+    problem = problem_of()
+    exact = problem.latency.of(problem.reference)
+    found, limit, _ = kept(1.0, None, budget=Budget("latency", exact * (1 - 1e-15), "ms"))
+    assert limit < found.measured["latency"] == exact
 
 
 def test_a_budget_just_above_the_smallest_network(kept):

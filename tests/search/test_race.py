@@ -4,11 +4,12 @@ import pytest
 import torch
 from planted import BRIEF, new_run, problem_of, stripes
 
-from netsmith.architecture import dumps
+from netsmith.architecture import dumps, sample
 from netsmith.cost.budget import Budget
+from netsmith.cost.memory import PeakMemory
 from netsmith.run import read_events
 from netsmith.search import race as module
-from netsmith.search.allocate import Infeasible
+from netsmith.search.allocate import Infeasible, Unsolved
 from netsmith.search.problem import Problem
 from netsmith.search.race import finalists, perturbed, race, settle, within_each
 from netsmith.search.sampling import at_budget, capacity, usage
@@ -99,7 +100,7 @@ def test_settle_takes_the_structure_that_wins_the_race(scores, tmp_path):
     for wanted in ("slim", "broad"):
         trained = scores(lambda architecture, wanted=wanted: float(architecture["body"] == wanted))
         with new_run(tmp_path / wanted) as run:
-            assert settle(problem, run, "s", problem.budgets[0], capacity(problem)) == {"body": wanted}
+            assert settle(problem, run, "s", problem.budgets[0], capacity(problem), (2,)) == {"body": wanted}
         assert len(trained) == 2
 
 
@@ -118,10 +119,10 @@ def test_a_structure_without_a_network_in_the_budget_does_not_race(scores, tmp_p
     assert [a["body"] for a in within_each(problem, between, capacity(problem), ["body"])] == [cheaper]
     trained = scores(lambda architecture: 0.5)
     with new_run(tmp_path / "run") as run:
-        assert settle(problem, run, "s", between, capacity(problem)) == {"body": cheaper}
+        assert settle(problem, run, "s", between, capacity(problem), (2,)) == {"body": cheaper}
         assert trained == []  # nobody to race against
         with pytest.raises(Infeasible, match="the smallest network needs"):
-            settle(problem, run, "t", [Budget("latency", 1e-9, "ms")], capacity(problem))
+            settle(problem, run, "t", [Budget("latency", 1e-9, "ms")], capacity(problem), (2,))
 
 
 def only(problem: Problem, body: str) -> dict:
@@ -136,6 +137,43 @@ def test_a_structure_that_needs_too_much_memory_does_not_race():
     tight = [*problem.budgets[1], Budget("peak_memory", 1.0, "B")]
     with pytest.raises(Exception, match="peak_memory"):
         within_each(problem, tight, capacity(problem), ["body"])
+
+
+def test_a_structure_that_was_not_solved_in_time_is_no_structure_without_a_network(monkeypatch):
+    """It would miss in the race on a busy machine, and the scores stored for the others would move up by one."""
+    problem = problem_of()
+    allocate, calls = Problem.allocate, []
+
+    def late(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise Unsolved("out of time")
+        return allocate(self, *args)
+
+    monkeypatch.setattr(Problem, "allocate", late)
+    with pytest.raises(Unsolved):
+        within_each(problem, problem.budgets[1], capacity(problem), ["body"])
+
+
+def test_random_networks_within_a_memory_budget_are_traced_only_where_blocks_fit(monkeypatch):
+    problem, traced = problem_of(), []
+    networks = [
+        problem.plain(at_budget(problem, problem.budgets[1], torch.Generator().manual_seed(i))) for i in range(8)
+    ]
+    memory = sorted(PeakMemory()(network, problem.input_shape) for network in networks)
+    budgets = [Budget("peak_memory", memory[2], "B")]
+    plain = Problem.plain
+    monkeypatch.setattr(Problem, "plain", lambda self, a: traced.append(a) or plain(self, a))
+    found = [at_budget(problem, budgets, torch.Generator().manual_seed(i)) for i in range(20)]
+    assert len(traced) < 3 * len(found)
+    assert all(PeakMemory()(plain(problem, a), problem.input_shape) <= memory[2] for a in found)
+
+
+def test_a_block_alone_needs_no_more_memory_than_the_network():
+    problem, generator = problem_of(), torch.Generator().manual_seed(0)
+    for _ in range(30):
+        network = sample(problem.outline, generator)
+        assert problem.largest_block(network) <= PeakMemory()(problem.plain(network), problem.input_shape)
 
 
 def test_finalists_are_distinct_and_within_the_budget():

@@ -13,6 +13,9 @@ from itertools import groupby
 
 from netsmith.errors import UserError, unknown
 
+TOLERANCE = 1e-9
+"""Of a limit: what rounding in a sum of prices may exceed it by."""
+
 _COUNTS = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9}
 _TIMES = {"us": 1e-3, "µs": 1e-3, "μs": 1e-3, "ms": 1.0, "s": 1e3}  # micro sign and Greek mu look the same
 _SIZES = {"B": 1.0, "kB": 1e3, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2.0**10, "MiB": 2.0**20, "GiB": 2.0**30}
@@ -60,6 +63,11 @@ class Budget:
             return f"{self.metric}<={_digits(self.limit)}x"
         suffix, scaled = _scaled(self.limit, self.unit)
         return f"{self.metric}<={scaled}{suffix}"
+
+
+def within(cost: float, limit: float) -> bool:
+    """Whether a cost keeps a limit, but for rounding."""
+    return cost <= limit * (1 + TOLERANCE)
 
 
 def parse_budgets(texts: Sequence[str]) -> list[list[Budget]]:

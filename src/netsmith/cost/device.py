@@ -76,7 +76,10 @@ class OrtCpu:
         import onnxruntime
 
         session = self.session(model if isinstance(model, Path) else cheap_onnx(model, input_shape))
-        wanted = session.get_inputs()[0]
+        wanted, *others = session.get_inputs()
+        if others or wanted.type != "tensor(float)":
+            given = ", ".join(f"{part.name} {part.type}" for part in session.get_inputs())
+            raise UserError(f"{model} takes {given}; what is timed takes one image, tensor(float)")
         shape = (1, *input_shape)
         if len(wanted.shape) != 4 or any(
             isinstance(w, int) and w != s for w, s in zip(wanted.shape, shape, strict=True)
@@ -240,8 +243,8 @@ def _parsed(option: str, value: str, default: Any) -> Any:
         _allowed(option, value.lower(), ("true", "false"))
         return value.lower() == "true"
     if isinstance(default, int):
-        if not value.isdecimal() or int(value) < 1:
-            raise UserError(f"{option} must be a whole number of at least 1, not {value!r}")
+        if not value.isdecimal() or not 1 <= int(value) <= 1024:
+            raise UserError(f"{option} must be a whole number from 1 to 1024, not {value!r}")
         return int(value)
     return value
 

@@ -13,6 +13,7 @@ import io
 import json
 import math
 import re
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def import_table(file: Path, part: str | None = None) -> TableDevice:
     try:
         raw = file.read_bytes()
         text = (gzip.decompress(raw) if file.suffix == ".gz" else raw).decode()
-    except (OSError, UnicodeDecodeError, EOFError) as error:
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise UserError(f"cannot read the latency table {file}: {error}") from error
     name = file.name.split(".")[0]
     constant = 0.0
@@ -48,8 +49,10 @@ def import_table(file: Path, part: str | None = None) -> TableDevice:
             entries, constant = _single_path(data), SINGLE_PATH_REST_MS
         else:
             entries = {_faster_seg_key(key): float(ms) for key, ms in data.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
         raise UserError(f"{file} is no latency table of a known format: {error}") from error
+    if not 0 <= constant < math.inf:
+        raise UserError(f"{file} gives {constant} ms for what all networks have; allowed: 0 or more")
     return TableDevice(name, {key: ms for key, ms in entries.items() if ms > 0 and math.isfinite(ms)}, constant)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 
 import torch
 from torch import nn
 
-from netsmith.architecture import Outline, assemble, outline, pick, sample
+from netsmith.architecture import Outline, assemble, extreme, outline, sample
 from netsmith.blocks.mobile import MBConv
 from netsmith.cost.counts import Shape
 from netsmith.cost.device import Device
@@ -181,33 +183,29 @@ def calibration_networks(space: nn.Module, seed: int, count: int = 16, raw: Pric
     lines = outline(space)
     if raw is None:
         return [sample(lines, generator) for _ in range(count)]
-    ends = [end(lines, raw, generator, dearest=dearest) for dearest in (False, True)]
+    ends = [extreme(raw.options, lines.parents, largest=largest) for largest in (False, True)]
     rest = [sample(lines, generator) if i % 2 else leaning(lines, raw, generator) for i in range(count - 2)]
     return [*ends, *rest][:count]
 
 
-def leaning(space: nn.Module | Outline, raw: Prices, generator: torch.Generator) -> Architecture:
+def leaning(lines: Outline, raw: Prices, generator: torch.Generator) -> Architecture:
     """A random network that prefers cheap or dear options, as much as chance has it (up to e^4 to 1)."""
     strength = float(torch.empty(1).uniform_(-4, 4, generator=generator))
+    inside: dict[tuple[str, Option], list[str]] = defaultdict(list)
+    for path, owner in lines.parents.items():
+        inside[owner].append(path)
+
+    @functools.cache
+    def price(path: str, option: Option) -> float:
+        """With what the decisions inside the option cost on average."""
+        return raw.at(path, option) + sum(fmean(price(p, o) for o in lines.options[p]) for p in inside[path, option])
 
     def choose(path: str, options: list[Option]) -> Option:
-        ranked = sorted(options, key=lambda option: raw.at(path, option))
+        ranked = sorted(options, key=lambda option: price(path, option))
         weights = (strength * torch.linspace(0, 1, len(ranked))).exp()
         return ranked[int(torch.multinomial(weights, 1, generator=generator))]
 
-    return assemble(space, choose)
-
-
-def end(space: Outline, raw: Prices, generator: torch.Generator, *, dearest: bool) -> Architecture:
-    """The cheapest or dearest network, as good as surely: decisions that hold others are drawn 50 times."""
-    outer = {path for path, _ in space.parents.values()}
-
-    def choose(path: str, options: list[Option]) -> Option:
-        if path in outer:
-            return pick(options, generator)
-        return (max if dearest else min)(options, key=lambda option: raw.at(path, option))
-
-    return (max if dearest else min)((assemble(space, choose) for _ in range(50)), key=raw.of)
+    return assemble(lines, choose)
 
 
 def interpolate(points: Mapping[int, float], width: int) -> float:
@@ -244,7 +242,7 @@ def _in_between_wasted(times: Mapping[int, float], step: int) -> bool:
 
 
 def _widths(atom: Atom, options: Mapping[str, list[Option]]) -> list[int | None]:
-    """Which widths to measure: the narrowest four, then ever wider steps, and the widest."""
+    """Which widths to measure: the narrowest six, then ever wider steps, and the widest."""
     if atom.width is None:
         return [None]
     widths = [int(n) for n in options[atom.width]]

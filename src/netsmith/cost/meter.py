@@ -72,13 +72,14 @@ class Reference:
 
     def recall(self) -> None:
         """Take over the best of earlier processes, if the file is there, fresh, and of this CPU."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             known = json.loads(self.memory.read_text()) if self.memory else {}
             if known.get("cpu") == cpu_name() and 0 <= time.time() - known["when"] < self.lifetime:
                 self.best, self._stamp = min(self.best, float(known["seconds"])), known["when"]
 
     def remember(self, best: float) -> None:
         """Keep a best if it beats the known one (the file keeps its date otherwise, so that it can grow old)."""
+        self.recall()  # another process may have found a better one meanwhile
         if best >= self.best:
             return
         self.best = best

@@ -130,7 +130,10 @@ def _clip(graph: _Graph, call: Call) -> None:
 
 
 def _mean(graph: _Graph, call: Call) -> None:
-    x, axes, keep = [*call.arguments, False][:3]
+    x, *rest = call.arguments
+    if not rest or not rest[0]:
+        raise Unsupported("a mean over all axes")
+    axes, keep = [*rest, False][:2]
     graph.add("ReduceMean", [x, np.array(axes, np.int64)], call.outputs[0], keepdims=int(keep))
 
 

@@ -66,7 +66,13 @@ class Atom:
     @property
     def signature(self) -> tuple:
         """Alike for atoms that cost the same: spaces repeat the same few blocks many times."""
-        return (repr(self.module), *(p.shape for p in self.module.parameters()), self.shape)
+        plain = (item for module in self.module.modules() for item in vars(module).items() if _is_plain(item[1]))
+        settings = tuple((name, value) for name, value in plain if name != "training")
+        return (repr(self.module), settings, *(p.shape for p in self.module.parameters()), self.shape)
+
+
+def _is_plain(value: object) -> bool:
+    return all(isinstance(part, int | float | str) for part in (value if isinstance(value, tuple) else (value,)))
 
 
 def atoms(supernet: nn.Module, input_shape: Shape) -> list[Atom]:
@@ -146,7 +152,7 @@ def tabulate(supernet: nn.Module, price: Price, input_shape: Shape) -> Prices:
 
 def _along(price: Price, atom: Atom, widths: tuple[Option, ...]) -> dict[Option, float]:
     """The price at every width. A count is a polynomial in the one width that varies, of degree 2 at most: three
-    priced widths determine it exactly, and a fourth proves it."""
+    priced widths determine it, and a fourth catches prices that are none."""
 
     def at(width: Option) -> float:
         with torch.device("meta"):

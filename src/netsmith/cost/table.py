@@ -11,7 +11,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,7 +63,6 @@ class LatencyTable:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or cache_folder() / "latency.sqlite"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._open() as database:
             database.execute("PRAGMA journal_mode = WAL")  # readers go on while another process writes
             database.execute(
@@ -76,14 +75,17 @@ class LatencyTable:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection of its own each time (safe across forks and threads), committed at the end, rolled back on an
-        error."""
-        database = sqlite3.connect(self.path, timeout=60)
-        database.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the last group; a kill costs nothing
+        error. UserError: the file is no such table, or cannot be written."""
         try:
-            with database:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self.path, timeout=60)) as database, database:
+                database.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the last group, a kill nothing
                 yield database
-        finally:
-            database.close()
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(
+                f"the latency table {self.path} cannot be used: {error}; delete it, or name another folder in "
+                "NETSMITH_CACHE"
+            ) from error
 
     def entries(self, fingerprint: str) -> dict[str, Entry]:
         """All that is known of a device, by key; the newest where a key was measured more than once."""

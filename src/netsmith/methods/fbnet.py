@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from netsmith.cost.budget import Budget
@@ -26,39 +27,40 @@ class FBNet:
 
     steps: Steps = field(default_factory=Steps)
     """How the supernet is trained."""
-    temperature: float = 5.0
+    temperature: PositiveFloat = 5.0
     """Of the Gumbel-softmax at the start (tau, section 3.2)."""
-    cooling: float = 0.956
+    cooling: Annotated[float, Field(gt=0, le=1)] = 0.956
     """Factor on the temperature each epoch; at 90 epochs the paper ends at 5 * exp(-0.045 * 90) = 0.087."""
     paths: Literal["all", "one"] = "all"
     """What a weight step runs in each layer. all: every block, mixed, as in the paper; one: a single block drawn from
     the probabilities (ours; an eighth of the time)."""
     cost: CostLoss = field(default_factory=CostLoss)
     """How latency enters the architecture loss; the paper's is the power form."""
-    samples: int = 6
+    samples: PositiveInt = 6
     """Networks drawn around the result and trained briefly; the best is kept (section 4.1 samples too)."""
-    noise: float = 1.0
+    noise: NonNegativeFloat = 1.0
     """Gumbel noise on the values when drawing them: 1 samples in proportion to the probabilities (ours)."""
-    race_epochs: tuple[int, ...] = (2,)
+    race_epochs: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2,)
     """Length of the short trainings (ours)."""
 
     def search(self, problem: Problem, run: Run) -> list[Options]:
         start = capacity(problem)
         chosen = [
-            settle(problem, run, f"fbnet-settle-{i}", budgets, start, epochs=self.race_epochs)
+            settle(problem, run, f"fbnet-settle-{i}", budgets, start, self.race_epochs)
             for i, budgets in enumerate(problem.budgets)
         ]
+        middle = sorted(problem.budgets, key=lambda budgets: [b.limit for b in budgets])[len(chosen) // 2]
         searcher = learn(
             problem,
             run,
             "fbnet",
-            lambda: _Supernet(self, problem, problem.budgets[len(chosen) // 2], chosen),
+            lambda: _Supernet(self, problem, middle, chosen),
             self.steps,
         )
         assert isinstance(searcher, _Supernet)
-        generator = torch.Generator().manual_seed(run.seed("finalists"))
         found = []
         for i, budgets in enumerate(problem.budgets):
+            generator = torch.Generator().manual_seed(run.seed(f"finalists-{i}"))
             values = prefer(searcher.values(), chosen[i], 1e3)
             drawn = finalists(problem, budgets, values, self.samples, generator, self.noise)
             best, _ = race(problem, run, f"fbnet-finalists-{i}", drawn, epochs=self.race_epochs)[0]

@@ -2,24 +2,25 @@
 
 1. Prunode: a block with an open hidden width runs at two widths only, whatever the number of widths; the pair closes in
    on the better one. 2. Blocks whose probability falls below a rising threshold are removed from their layer.
-3. Whole layers are removed; skipping is introduced only halfway, so that it cannot bias the search to shallow nets.
+3. Whole layers are removed; skipping is introduced only later on, so that it cannot bias the search to shallow nets.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options, expected
 from netsmith.decisions import Architecture, Decision, Draw, OneOf, Option, Width, decisions
+from netsmith.errors import UserError
 from netsmith.gates import Gate, Gumbel, softmax
 from netsmith.run import Run
 from netsmith.search.differentiable import CostLoss, Steps, learn, remove_option
@@ -35,7 +36,7 @@ class PruNet:
     """Constants are ours where the paper gives none (most of them); see docs/methods/prunet.md."""
 
     steps: Steps = field(default_factory=Steps)
-    """How the supernet is trained; its warm-up is shared by all budgets with the same structure."""
+    """How the supernet is trained; its warm-up is shared by all budgets with the same structure and layers."""
     prunode: bool = True
     """Tier 1. Off: each width decision stays at its maximum until the final knapsack."""
     block_pruning: bool = True
@@ -45,39 +46,39 @@ class PruNet:
     copies: Literal["separate", "shared"] = "shared"
     """separate: two copies of the block, as in the paper; shared: one set of weights under both masks. Mixing before
     the last batch norm, the shared pair costs a single pass of the wider width."""
-    starts: int = 4
+    starts: NonNegativeInt = 4
     """Random networks at the budget that race, beside the no-search ones, to be what the supernet is built around
     (ours)."""
-    headroom: float = 2.0
+    headroom: NonNegativeFloat = 2.0
     """A layer of the supernet may cost this many times what it costs in the network that it is built around, and only
     that network's layers are there (ours). The largest network of a space is often ten budgets: training that teaches
     little about small ones, and with all layers open the widths collapsed before any layer went. 0: the whole space."""
-    check_every: int = 8
+    check_every: PositiveInt = 8
     """Architecture steps between two moves of a Prunode (K; ours)."""
-    confidence: float = 0.55
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.55
     """Probability from which a Prunode trusts its better width (tau; ours)."""
     momentum: bool = True
     """Double the move when the same side wins again (ours)."""
-    block_threshold: float = 0.5
+    block_threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Tier 2's threshold at the end; it rises linearly from 0 at the end of the warm-up (ours)."""
-    layers_from: float = 0.25
+    layers_from: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Part of the search after which layers may go (the paper: "halfway"; ours is shorter and starts smaller)."""
-    settled: float = 0.75
+    settled: Annotated[float, Field(gt=0, le=1)] = 0.75
     """Part of the search after which the expected cost has to be at the budget; until then the aim falls linearly from
     where the supernet starts, so that what is worth least goes first, and not everything at once (ours)."""
-    layer_start: float = 0.7
+    layer_start: Annotated[float, Field(gt=0, lt=1)] = 0.7
     """A layer's weight when skipping is introduced (s; 0.9 would lie above the margin and keep every layer)."""
-    layer_margin: float = 0.4
+    layer_margin: Annotated[float, Field(ge=0, le=0.5)] = 0.4
     """Distance from 0.5 at which a layer is decided; falls linearly to 0 at the end (m; ours)."""
     cost: CostLoss = field(default_factory=lambda: CostLoss(weight=2.0))
     """How latency enters the architecture loss (the paper's is not known)."""
-    temperature: float = 0.0
+    temperature: NonNegativeFloat = 0.0
     """Of Gumbel noise on the mixture while training; 0: plain softmax (ours)."""
-    samples: int = 6
+    samples: PositiveInt = 6
     """Networks drawn around the result and trained briefly; the best is kept (FBNet's way of ending)."""
-    noise: float = 0.5
+    noise: NonNegativeFloat = 0.5
     """Gumbel noise on the values when drawing them (ours)."""
-    race_epochs: tuple[int, ...] = (2, 6)
+    race_epochs: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2, 6)
     """Lengths of the short trainings: the best third of one length goes on to the next (ours)."""
 
     def search(self, problem: Problem, run: Run) -> list[Options]:
@@ -95,13 +96,12 @@ class PruNet:
     def _prune(self, problem: Problem, run: Run, number: int, starts: Sequence[Architecture]) -> Options:
         budgets, start = problem.budgets[number], starts[number]
         chosen = {path: option for path, option in start.items() if path in problem.structural}
-        alike = [i for i, other in enumerate(starts) if all(other.get(path) == chosen[path] for path in chosen)]
+        alike = [i for i, other in enumerate(starts) if self._opened(problem, other) == self._opened(problem, start)]
 
         def make(number: int = number) -> Pruning:
             return Pruning(self, problem, problem.budgets[number], starts[number])
 
-        warmup = min(self.steps.warmup_epochs, self.steps.epochs)
-        warm = f"warm-{alike[0]}"
+        warmup, warm = self.steps.warmup_epochs, f"warm-{alike[0]}"
         if warmup:  # shared by the budgets of one structure, in the supernet of the dearest
             dearest = max(alike, key=lambda i: problem.latency.of(starts[i]))
             learn(problem, run, warm, lambda: make(dearest), self.steps, until=warmup)
@@ -114,12 +114,18 @@ class PruNet:
         best, _ = race(problem, run, f"finalists-{number}", [start, *drawn], epochs=self.race_epochs)[0]
         return prefer(values, best, 1e3)
 
+    def _opened(self, problem: Problem, start: Architecture) -> dict[str, Option]:
+        """What decides which layers the supernet around a start has."""
+        left_out = SKIP if self.headroom else None
+        return {path: option for path, option in start.items() if path in problem.structural or option == left_out}
+
 
 class Prunode(nn.Module):
     """A block that runs at two of its widths; it stands where the block stood (section "bi-path").
 
     Both paths are sliced, so the pass costs two narrow blocks at most. ``low`` and ``high`` index the options of
-    ``hidden``; ``logits`` (u) weigh the two. The optimum of a unimodal width-to-utility curve always stays between.
+    ``hidden``; ``logits`` (u) weigh the two. With single moves the optimum of a unimodal width-to-utility curve always
+    stays between.
     """
 
     def __init__(self, block: nn.Module, *, separate: bool) -> None:
@@ -232,6 +238,8 @@ class Pruning:
                 decision = decisions(self.supernet)[path]
                 for other in [o for o in decision.options if o != start[path]]:
                     decision.remove(other)
+        self.stages = {atom.owner[0]: atom.shape for atom in problem.atoms if atom.owner}
+        """What goes into a layer, (channels, height, width): the same in all layers of a stage that may be skipped."""
         self.unopened: set[str] = set()
         """Layers that were left out from the start."""
         if method.headroom:
@@ -269,8 +277,13 @@ class Pruning:
         found = {}
         for path, decision in decisions(self.supernet).items():
             if isinstance(decision, Width):
-                place = path.rpartition(".")[0]
+                place, _, name = path.rpartition(".")
                 block = self.supernet.get_submodule(place)
+                if name != "hidden" or not hasattr(block, "body_at"):
+                    raise UserError(
+                        f"{type(block).__name__} at {place!r} cannot run at two widths: a Prunode needs a block with "
+                        "its width in `hidden` and a `body_at(x, width)`, such as MBConv"
+                    )
                 found[path] = Prunode(block, separate=self.method.copies == "separate")
                 self.supernet.set_submodule(place, found[path])
         return found
@@ -314,18 +327,19 @@ class Pruning:
         s = self.depth[path].sigmoid()
         return Draw([*blocks, decision.index(SKIP)], torch.cat([s * p, (1 - s)[None]]))
 
+    def _costs(self) -> dict[str, Tensor]:
+        """Expected, under the probabilities without noise."""
+        self._mix(softmax, torch.Generator())
+        return {name: expected(self.supernet, self.problem.prices[name], drawn=True) for name in self.targets}
+
     def objective(self, loss: Tensor) -> Tensor:
-        self._mix(softmax, torch.Generator())  # the expectation takes the probabilities, without noise
-        costs = {n: expected(self.supernet, self.problem.prices[n], drawn=True) for n in self.targets}
         slack = 1 + self.first_excess * max(0.0, 1 - self.progress / self.method.settled)
-        return self.method.cost(loss, costs, {name: slack * target for name, target in self.targets.items()})
+        return self.method.cost(loss, self._costs(), {name: slack * target for name, target in self.targets.items()})
 
     def excess(self) -> float:
         """The largest expected share of a budget, minus 1."""
         with torch.no_grad():
-            self._mix(softmax, torch.Generator())
-            prices = self.problem.prices
-            return max(expected(self.supernet, prices[n], drawn=True).item() / t for n, t in self.targets.items()) - 1
+            return max(cost.item() / self.targets[name] for name, cost in self._costs().items()) - 1
 
     # The three tiers ----------------------------------------------------------------------------------------------
 
@@ -384,7 +398,7 @@ class Pruning:
         for path, d in sorted(self.depth.items(), key=lambda item: item[1].item()):
             if path in self.kept:
                 continue
-            s, stage = d.sigmoid().item(), re.sub(r"[._]\d+$", "", path)
+            s, stage = d.sigmoid().item(), self.stages[path]
             # Once the expected cost has reached the target, removing more would overshoot.
             if s < 0.5 - margin and stage not in touched and self.excess() > 0:
                 layer = self.layers()[path]
@@ -438,9 +452,7 @@ class Pruning:
 
     def describe(self) -> dict[str, Any]:
         with torch.no_grad():
-            self._mix(softmax, torch.Generator())
-            prices = self.problem.prices
-            costs = {name: expected(self.supernet, prices[name], drawn=True).item() for name in self.targets}
+            costs = {name: cost.item() for name, cost in self._costs().items()}
             probabilities = {
                 path: {layer.options[i]: w.item() for i, w in zip(*layer.draw(), strict=True)}
                 for path, layer in self.layers().items()

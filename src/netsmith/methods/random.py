@@ -17,5 +17,8 @@ class Random:
     """A random network that uses its budget."""
 
     def search(self, problem: Problem, run: Run) -> list[Options]:
-        generator = torch.Generator().manual_seed(run.seed("random"))
-        return [prefer(flat(problem), at_budget(problem, budgets, generator), 1.0) for budgets in problem.budgets]
+        found = []
+        for number, budgets in enumerate(problem.budgets):
+            generator = torch.Generator().manual_seed(run.seed(f"random-{number}"))
+            found.append(prefer(flat(problem), at_budget(problem, budgets, generator), 1.0))
+        return found

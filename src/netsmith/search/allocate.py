@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
 
-from netsmith.cost.budget import show
+from netsmith.architecture import extreme
+from netsmith.cost.budget import TOLERANCE, show
 from netsmith.errors import UserError
 
 Option = str | int
@@ -28,7 +29,6 @@ Architecture = dict[str, Option]
 Parents = Mapping[str, tuple[str, Option]]
 """Nested decision -> (outer decision, its option); decisions of the top level are absent."""
 
-TOLERANCE = 1e-9  # of a limit: what rounding in a sum of prices may exceed it by
 _CORE = 2  # options a decision, on average, that the first attempt looks at
 
 
@@ -66,31 +66,10 @@ class Limit:
 
 
 class Infeasible(UserError):
-    """No architecture is within all limits. `reachable`: the smallest and largest price under each limit alone."""
+    """No architecture is within all limits."""
 
-    def __init__(self, limits: Sequence[Limit], reachable: Sequence[tuple[float, float]], cuts: int):
-        self.reachable = list(reachable)
-        wrong = []
-        for limit, (small, large) in zip(limits, reachable, strict=True):
-            unit = getattr(limit.prices, "unit", "")
-            if small > limit.at_most + limit.slack:
-                wrong.append(
-                    f"{limit.name} <= {show(limit.at_most, unit)}: the smallest network needs {show(small, unit)}"
-                )
-            elif large < limit.low - limit.slack:
-                wrong.append(f"{limit.name} >= {show(limit.low, unit)}: the largest network has {show(large, unit)}")
-        if not wrong:
-            alone = ", ".join(
-                f"{limit.name} from {show(small, unit)}"
-                for limit, (small, _) in zip(limits, reachable, strict=True)
-                for unit in [getattr(limit.prices, "unit", "")]
-            )
-            wrong.append(
-                "the limits cannot be kept all at once"
-                + (f" beside {cuts} excluded architectures" if cuts else "")
-                + (f" (each alone is reachable: {alone})" if alone else "")
-            )
-        super().__init__("no network is within budget: " + "; ".join(wrong))
+    reachable: Sequence[tuple[float, float]] = ()
+    """The smallest and largest price under each limit alone; empty where a cost that does not add up is in the way."""
 
 
 class Unsolved(UserError):
@@ -156,25 +135,6 @@ def diverse(
     return found
 
 
-def extreme(prices: Options, parents: Parents | None = None, *, largest: bool = True) -> Architecture:
-    """The dearest (or cheapest) architecture, the first of equals, by dynamic programming over the tree."""
-    inner: dict[tuple[str, Option], list[str]] = {}
-    for path in prices:
-        if parents and path in parents:
-            inner.setdefault(parents[path], []).append(path)
-
-    def best(path: str) -> tuple[float, Architecture]:
-        def with_option(option: Option) -> tuple[float, Architecture]:
-            below = [best(nested) for nested in inner.get((path, option), ())]
-            price = prices[path][option] + sum(price for price, _ in below)
-            return price, {path: option} | {key: chosen for _, part in below for key, chosen in part.items()}
-
-        return (max if largest else min)(map(with_option, prices[path]), key=lambda found: found[0])
-
-    tops = [best(path) for path in prices if not parents or path not in parents]
-    return {key: chosen for _, part in tops for key, chosen in part.items()}
-
-
 Cut = tuple[Mapping[str, Option], int]
 """Choices, and how many of them may be made together."""
 
@@ -184,7 +144,7 @@ def _solve(
 ) -> Architecture:
     _check(values, limits, parents, cuts)
     reachable = [(_end(limit.prices, parents, False), _end(limit.prices, parents, True)) for limit in limits]
-    infeasible = Infeasible(limits, reachable, len(cuts))
+    infeasible = _infeasible(limits, reachable, len(cuts))
     for limit, (small, large) in zip(limits, reachable, strict=True):
         if small > limit.at_most + limit.slack or large < limit.low - limit.slack:
             raise infeasible
@@ -323,6 +283,30 @@ class _Program:
         reduced = self.cost - self.equal.T @ y - self.below.T @ z
         floor = y @ self.one + z @ self.bound + np.minimum(reduced, 0.0).sum()
         return floor, np.maximum(reduced, 0.0)
+
+
+def _infeasible(limits: Sequence[Limit], reachable: Sequence[tuple[float, float]], cuts: int) -> Infeasible:
+    wrong = []
+    for limit, (small, large) in zip(limits, reachable, strict=True):
+        unit = getattr(limit.prices, "unit", "")
+        if small > limit.at_most + limit.slack:
+            wrong.append(f"{limit.name} <= {show(limit.at_most, unit)}: the smallest network needs {show(small, unit)}")
+        elif large < limit.low - limit.slack:
+            wrong.append(f"{limit.name} >= {show(limit.low, unit)}: the largest network has {show(large, unit)}")
+    if not wrong:
+        alone = ", ".join(
+            f"{limit.name} from {show(small, unit)}"
+            for limit, (small, _) in zip(limits, reachable, strict=True)
+            for unit in [getattr(limit.prices, "unit", "")]
+        )
+        wrong.append(
+            "the limits cannot be kept all at once"
+            + (f" beside {cuts} excluded architectures" if cuts else "")
+            + (f" (each alone is reachable: {alone})" if alone else "")
+        )
+    error = Infeasible("no network is within budget: " + "; ".join(wrong))
+    error.reachable = reachable
+    return error
 
 
 def _unsolved(found: Any, best: Architecture | None = None, gap: float = math.inf) -> Unsolved:

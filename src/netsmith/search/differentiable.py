@@ -11,9 +11,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,22 +29,26 @@ from netsmith.train.checkpoint import load_state, save_state
 class Steps:
     """How a supernet is trained; FBNet's values (section 4.1) but for the learning rate, which suits small batches."""
 
-    epochs: int = 15
+    epochs: PositiveInt = 15
     """Passes over the training split."""
-    warmup_epochs: int = 3
+    warmup_epochs: NonNegativeInt = 3
     """First epochs in which only weights learn."""
-    batch_size: int | None = None
+    batch_size: PositiveInt | None = None
     """Images a step, for weights and architecture alike; none: the recipe's."""
-    learning_rate: float = 0.05
+    learning_rate: PositiveFloat = 0.05
     """Of the weights, at its peak; falls along a cosine to 0."""
-    momentum: float = 0.9
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Of the weights' SGD."""
-    weight_decay: float = 1e-4
+    weight_decay: NonNegativeFloat = 1e-4
     """On the weights."""
-    architecture_rate: float = 0.03
+    architecture_rate: PositiveFloat = 0.03
     """Adam's rate on the logits (FBNet: 0.01 over 90 epochs)."""
-    architecture_decay: float = 5e-4
+    architecture_decay: NonNegativeFloat = 5e-4
     """Weight decay on the logits."""
+
+    def __post_init__(self) -> None:
+        if self.warmup_epochs >= self.epochs:
+            raise UserError(f"steps.warmup_epochs is {self.warmup_epochs}; allowed: less than the {self.epochs} epochs")
 
 
 class Searcher(Protocol):
@@ -275,11 +280,11 @@ class CostLoss:
     form: Literal["relative", "power"] = "relative"
     """relative: loss + weight * |E/T - 1|, two-sided (ours), because a one-sided penalty goes on shrinking below the
     budget; power: FBNet's product."""
-    weight: float = 1.0
+    weight: NonNegativeFloat = 1.0
     """Of the relative form (ours)."""
-    alpha: float = 0.2
+    alpha: PositiveFloat = 0.2
     """Scale of the power form (FBNet, equation 2); without effect on the logits under Adam."""
-    beta: float = 0.6
+    beta: PositiveFloat = 0.6
     """Power of log-latency (FBNet, equation 2)."""
 
     def __call__(self, loss: Tensor, costs: Mapping[str, Tensor], targets: Mapping[str, float]) -> Tensor:

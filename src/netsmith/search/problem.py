@@ -10,14 +10,13 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from netsmith.architecture import Outline, outline
+from netsmith.architecture import Outline, extreme, outline
 from netsmith.cost.budget import Budget, show
 from netsmith.cost.counts import FileBytes, Macs, Params, Shape
 from netsmith.cost.memory import PeakMemory
 from netsmith.cost.prices import Atom, Options, Prices, atoms, tabulate
 from netsmith.decisions import Architecture, OneOf, Option, decisions, derive
-from netsmith.errors import UserError
-from netsmith.search.allocate import Limit, allocate, extreme
+from netsmith.search.allocate import Infeasible, Limit, allocate
 from netsmith.tasks.classification import Task
 from netsmith.train.recipe import Recipe
 
@@ -117,11 +116,11 @@ class Problem:
         Peak memory does not add up. An option whose block alone exceeds the limit is out; if the network as a whole
         still exceeds it, it is cut off and the knapsack solved again.
 
-        Raises: Infeasible, naming the smallest reachable cost; UserError for peak memory, likewise.
+        Raises: Infeasible, naming the smallest reachable cost.
         """
         memory = [budget.limit for budget in budgets if budget.metric == "peak_memory"]
         if memory and (fitting := self._fitting(values, min(memory))) is None:
-            raise UserError(
+            raise Infeasible(
                 f"no network is within budget: peak_memory <= {show(min(memory), 'B')}: "
                 f"the smallest network found needs {show(self._least_memory(values), 'B')}"
             )
@@ -139,7 +138,7 @@ class Problem:
             if PeakMemory()(self.plain(architecture), self.input_shape) <= min(memory):
                 return architecture
             forbidden.append(architecture)
-        raise UserError(f"no network within peak_memory<={min(memory):g}B found after cutting off {len(forbidden)}")
+        raise Infeasible(f"no network within peak_memory<={min(memory):g}B found after cutting off {len(forbidden)}")
 
     @cached_property
     def _memory_alone(self) -> Callable[[int, Option | None], float]:
@@ -155,6 +154,15 @@ class Problem:
             return known[key]
 
         return alone
+
+    def largest_block(self, architecture: Mapping[str, Option]) -> float:
+        """The peak memory of the network's largest block alone, bytes: no more than that of the whole network."""
+        active = [
+            (i, None if atom.width is None else architecture[atom.width])
+            for i, atom in enumerate(self.atoms)
+            if atom.owner is None or architecture.get(atom.owner[0]) == atom.owner[1]
+        ]
+        return max(self._memory_alone(i, width) for i, width in active)
 
     def _fitting(self, values: Options, memory: float) -> Options | None:
         """Without the options whose block alone exceeds ``memory``; None where a decision has no option left."""

@@ -13,12 +13,12 @@ from statistics import geometric_mean
 import torch
 from torch import nn
 
-from netsmith.cost.budget import Budget, show
+from netsmith.cost.budget import Budget, show, within
 from netsmith.cost.prices import Options
 from netsmith.decisions import Architecture
 from netsmith.errors import PromiseBroken
 from netsmith.run import Run
-from netsmith.search.allocate import Infeasible
+from netsmith.search.allocate import Infeasible, Unsolved
 from netsmith.search.problem import Problem
 from netsmith.ship.export import export
 
@@ -86,9 +86,11 @@ def _keep(
     for number in range(1, rounds + 1):
         try:
             architecture = problem.allocate(values, budgets, scale)
-        except Infeasible:
+        except (Infeasible, Unsolved) as error:
             if number > 1:
-                break  # nothing is small enough for the corrected limit
+                break  # nothing is small enough for the corrected limit, or the solver found nothing in time
+            if isinstance(error, Unsolved):
+                raise
             architecture = problem.allocate(values, budgets)
         if architecture == previous:
             break
@@ -96,7 +98,7 @@ def _keep(
         predicted = {b.metric: problem.predicted(b, architecture) for b in budgets}
         file = export_untrained(problem, architecture, run.path / "untrained.onnx")
         measured = {b.metric: _measured(b, predicted[b.metric], file, time_file) for b in budgets}
-        broken = [b for b in budgets if measured[b.metric] > b.limit]
+        broken = [b for b in budgets if not within(measured[b.metric], b.limit)]
         for b in budgets:
             run.event(
                 "promise_round",

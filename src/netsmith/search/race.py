@@ -12,8 +12,8 @@ from netsmith.architecture import dumps
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options
 from netsmith.decisions import Architecture
-from netsmith.errors import UserError
 from netsmith.run import Run
+from netsmith.search.allocate import Infeasible
 from netsmith.search.problem import Problem, prefer
 from netsmith.train.loop import evaluate, train
 
@@ -60,7 +60,7 @@ def _short_training(problem: Problem, run: Run, architecture: Architecture, epoc
 
 
 def settle(
-    problem: Problem, run: Run, name: str, budgets: Sequence[Budget], values: Options, **race_options
+    problem: Problem, run: Run, name: str, budgets: Sequence[Budget], values: Options, epochs: Sequence[int]
 ) -> Architecture:
     """Decide the structural decisions (strides, stage widths): a race between the best network of each option.
 
@@ -71,7 +71,7 @@ def settle(
     if not structural:
         return {}
     entrants = within_each(problem, budgets, values, structural)
-    winner = race(problem, run, name, entrants, **race_options)[0][0] if len(entrants) > 1 else entrants[0]
+    winner = race(problem, run, name, entrants, epochs=epochs)[0][0] if len(entrants) > 1 else entrants[0]
     return {path: option for path, option in winner.items() if path in structural}
 
 
@@ -80,7 +80,7 @@ def within_each(
 ) -> list[Architecture]:
     """The most valuable network within the budget for each structural option that has one.
 
-    Raises: UserError when none has.
+    Raises: Infeasible when none has.
     """
     found: dict[str, Architecture] = {}
     for path in structural:
@@ -88,7 +88,7 @@ def within_each(
             only = {**values, path: {option: values[path][option]}}
             try:
                 architecture = problem.allocate(only, budgets)
-            except UserError:
+            except Infeasible:
                 continue
             found.setdefault(dumps({p: architecture[p] for p in structural if p in architecture}), architecture)
     return list(found.values()) or [problem.allocate(values, budgets)]

@@ -16,12 +16,14 @@ from netsmith.search.problem import Problem
 
 def usage(problem: Problem, architecture: Mapping[str, Option], budgets: Sequence[Budget]) -> float:
     """The largest predicted share of a budget: 1 is exactly at the limit. Peak memory, which takes a trace of the
-    network, is looked at only where the others are kept."""
-    share = 0.0
-    for budget in sorted(budgets, key=lambda budget: budget.metric not in problem.prices):
-        if budget.metric in problem.prices or share <= 1:
-            share = max(share, problem.predicted(budget, architecture) / budget.limit)
-    return share
+    network, is looked at only where nothing cheaper exceeds a limit."""
+
+    def cost(budget: Budget, *, traced: bool) -> float:
+        by_block = budget.metric not in problem.prices and not traced
+        return problem.largest_block(architecture) if by_block else problem.predicted(budget, architecture)
+
+    share = max(cost(budget, traced=False) / budget.limit for budget in budgets)
+    return share if share > 1 else max(cost(budget, traced=True) / budget.limit for budget in budgets)
 
 
 def at_budget(
@@ -70,5 +72,5 @@ def capacity(problem: Problem) -> Options:
     """
     macs = problem.prices["macs"].options
     prices = [price for row in macs.values() for price in row.values() if price > 0]
-    unit = sum(prices) / len(prices)
+    unit = sum(prices) / len(prices) if prices else 1.0
     return {path: {o: math.log1p(price / unit) for o, price in row.items()} for path, row in macs.items()}

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from netsmith.cost import meter
-from netsmith.cost.budget import Budget, show
+from netsmith.cost.budget import Budget, show, within
 from netsmith.cost.counts import Macs, Params, Shape
 from netsmith.cost.device import Device, OrtCpu, TorchCpu, TorchCuda
 from netsmith.cost.memory import PeakMemory
@@ -200,7 +200,7 @@ def _judge(
 ) -> Judged:
     decisive = predicted_ms if value is None else value
     assert decisive is not None
-    kept = decisive <= limit
+    kept = within(decisive, limit)
     shown, bound = _apart(decisive, limit, budget.unit)
     if budget.metric != "latency":
         what = f"{shown} {budget.metric.replace('_', ' ')}"
