@@ -1,7 +1,9 @@
 """The command line as a user meets it: help, answers, bad input, interruptions, and one real run through every verb."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import netsmith.pipeline
 import netsmith.profiling
 from netsmith.cli import VERBS, main
 from netsmith.cost.latency import calibrate
-from netsmith.errors import UserError
+from netsmith.errors import PromiseBroken, UserError
 from netsmith.listing import method_table
 from netsmith.methods import METHODS
 from netsmith.options import read_config
@@ -225,6 +227,48 @@ def test_a_broken_promise_exits_with_3(pipeline, capsys):
     assert json.loads(capsys.readouterr().out)["kept"] is False
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (PromiseBroken("no exported network kept its budget"), 3, "no exported network kept its budget"),
+        (UserError("no such thing"), 2, "no such thing"),
+        (KeyboardInterrupt(), 130, "continue with: netsmith search --resume"),
+        (RuntimeError("oops"), 1, "unexpected RuntimeError: oops"),
+    ],
+)
+def test_json_is_one_object_whatever_happens(error, code, said, pipeline, capsys):
+    pipeline(raising(error))
+    assert main(["search", "--json"]) == code
+    assert said in json.loads(capsys.readouterr().out)["error"]
+
+
+def test_what_libraries_print_does_not_mix_with_the_answer():
+    program = f"""
+import os, netsmith.pipeline, netsmith.cli
+def job(run, say):
+    os.write(1, b"noise of a solver")
+    run.write_json("result.json", {RESULT!r})
+    return {RESULT!r}
+netsmith.pipeline.search = job
+raise SystemExit(netsmith.cli.main(["search", "--json"]))
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert json.loads(ran.stdout)["kept"]
+    assert "noise of a solver" in ran.stderr
+
+
+def test_a_config_may_be_a_pipe(pipeline):
+    pipeline(answering(RESULT))
+    reading, writing = os.pipe()
+    os.write(writing, b"budget: [params<=5]\nmethod: random\n")
+    os.close(writing)
+    assert main(["search", "--config", f"/dev/fd/{reading}", "--out", "here"]) == 0
+    os.close(reading)
+    with Run.open("here") as run:
+        assert run.problem["budget"] == ["params<=5"]
+
+
 def test_ctrl_c_says_how_to_continue(pipeline, capsys):
     pipeline(raising(KeyboardInterrupt()))
     assert main(["search"]) == 130
@@ -232,6 +276,12 @@ def test_ctrl_c_says_how_to_continue(pipeline, capsys):
     assert last == "netsmith: stopped; continue with: netsmith search --resume runs/digits-prunet-1"
     pipeline(answering(RESULT))
     assert main(["search", "--resume", "runs/digits-prunet-1"]) == 0
+
+
+def test_the_command_to_continue_can_be_pasted(pipeline, capsys):
+    pipeline(raising(KeyboardInterrupt()))
+    assert main(["search", "--out", "my run"]) == 130
+    assert capsys.readouterr().err.endswith("netsmith search --resume 'my run'\n")
 
 
 def test_an_error_within_a_run(pipeline, capsys):
@@ -325,6 +375,29 @@ def test_ship_again(real_run, capsys):
     assert code == (0 if json.loads(capsys.readouterr().out)["kept"] else 3)
 
 
+def test_ship_in_the_folder_itself(real_run, capsys, monkeypatch):
+    monkeypatch.chdir(real_run)
+    code = main(["ship", ".", "--json"])
+    assert code == (0 if json.loads(capsys.readouterr().out)["kept"] else 3)
+
+
+def test_training_again_without_its_data_loses_nothing(real_run, capsys, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(real_run, folder)
+    problem = (folder / "problem.yaml").read_text()
+    (folder / "problem.yaml").write_text(problem.replace("task: digits", "task: folder:/no/such"))
+    before = sorted(folder.rglob("*"))
+    assert main(["train", str(folder)]) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("seconds", ["0", "-3", "nan", "inf"])
+def test_measuring_takes_time(seconds, real_run, capsys):
+    assert main(["measure", str(real_run), "--seconds", seconds]) == 2
+    assert "allowed: more than 0" in capsys.readouterr().err
+
+
 def test_train_again_gives_the_same_network(real_run, capsys):
     before = (real_run / "weights.safetensors").read_bytes()
     (real_run / "weights.safetensors").unlink()
@@ -372,6 +445,7 @@ def test_a_budget_that_cannot_be_kept(real_run, capsys):
     last = capsys.readouterr().err.splitlines()[-1]
     nearest = re.search(r"the smallest network needs .*; the nearest that can be kept: (latency<=\S+s)$", last)
     assert nearest, last
+    assert not Path("small").exists()  # nothing was searched that could be gone on with
     assert main(["search", *asked[:2], "--budget", "latency<=0.01x", "--out", "relative"]) == 2
     assert re.search(r"nearest that can be kept: latency<=0\.\d+x$", capsys.readouterr().err.splitlines()[-1])
 

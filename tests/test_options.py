@@ -7,8 +7,8 @@ import pytest
 from netsmith.errors import UserError
 from netsmith.methods import METHODS, make_method
 from netsmith.options import SearchOptions, checked, read_config
-from netsmith.prepare import check, default_space, next_folder, prepare
-from netsmith.run import Run
+from netsmith.prepare import check, default_space, next_folder, open_run, prepare
+from netsmith.run import dump_yaml
 from netsmith.train.recipe import Recipe
 
 
@@ -42,7 +42,8 @@ def test_a_file_is_the_options(tmp_path):
         ("budget: latency<=1ms", "budget: 'latency<=1ms' was given; it should be a list"),
         ("recipe: 3", "recipe: 3 was given; it should be a mapping"),
         ("- task", "options are a mapping"),
-        ("task: [", "is no YAML: see line"),
+        ("task: [", "is no YAML that can be read: see line"),
+        ("task: digits\ntask: cifar10", "see line 2 (task is given twice)"),
     ],
 )
 def test_a_wrong_file_says_where(tmp_path, text, said):
@@ -126,6 +127,8 @@ def test_a_value_out_of_range_is_named():
         ({"budget": ()}, "no budget"),
         ({"table": Path("/no.csv")}, "/no.csv does not exist"),
         ({"epochs": 0}, "epochs is 0"),
+        ({"data": Path("/x")}, "the digits come with scikit-learn"),
+        ({"table_part": "gpu"}, "--table-part gpu was given without --table"),
     ],
 )
 def test_checked_before_anything_is_loaded(change, said):
@@ -156,8 +159,36 @@ def test_a_run_says_everything_and_can_be_asked_again(tmp_path):
     again = read_config(tmp_path / "a" / "problem.yaml")
     with prepare(again, tmp_path / "b") as run:
         assert run.problem == {key: value for key, value in problem.items() if key != "command"}
-    with prepare(options, tmp_path / "a", command=["netsmith", "search"]):  # the same question continues its run
-        pass
+    with prepare(options, tmp_path / "a", command=["netsmith", "search", "--json"]):
+        pass  # the same question in other words continues its run
+
+
+def test_the_task_decides_the_shape_of_the_space(tmp_path):
+    options = SearchOptions(space_options={"resolution": 32, "classes": 7, "depth": 2})
+    with prepare(options, tmp_path / "a") as run:
+        made = run.problem["space_options"]
+    assert (made["resolution"], made["classes"], made["channels"], made["depth"]) == (8, 10, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"method": None}, "method: None was given"),
+        ({"budgets": ["params<=1k"]}, "budgets: unknown; did you mean budget?"),
+        ({"recipe": {"speed": 3}}, "recipe.speed: unknown"),
+        ({"method_options": {"samples": 0}}, "method_options.samples: 0 was given"),
+    ],
+)
+def test_a_run_in_another_versions_words_is_named(tmp_path, change, said):
+    with prepare(SearchOptions(), tmp_path / "a") as run:
+        asked = run.problem
+    (tmp_path / "a" / "problem.yaml").write_text(dump_yaml({"format": 1, **asked, **change}))
+    with pytest.raises(UserError, match=r"problem\.yaml is not of this version of netsmith") as error:
+        open_run(tmp_path / "a")
+    assert said in str(error.value)
+    (tmp_path / "a" / "problem.yaml").write_text("format: 1\n")
+    with pytest.raises(UserError, match="it lacks task"):
+        open_run(tmp_path / "a")
 
 
 @pytest.mark.parametrize(
@@ -165,6 +196,9 @@ def test_a_run_says_everything_and_can_be_asked_again(tmp_path):
     [
         ({"space_options": {"dept": 1}}, "unknown option of space 'prunet_small': 'dept'; did you mean 'depth'?"),
         ({"space": "fbnet"}, "needs 64 px; given: 8 px"),
+        ({"space_options": {"depth": "3"}}, "space_options.depth is '3'; it should be a valid integer"),
+        ({"space_options": {"depth": -1}}, "space_options.depth is -1; it should be greater than 0"),
+        ({"space_options": {"step": 0.5}}, "space_options.step is 0.5"),
         ({"recipe": {"epoch": 1}}, "recipe.epoch: unknown; did you mean epochs?"),
         ({"method": "random", "search_epochs": 3}, "random trains nothing to search"),
         ({"task": "folder:/no/such"}, "no such folder"),
@@ -180,7 +214,9 @@ def test_a_wrong_question_leaves_no_folder(tmp_path, change, said):
 
 def test_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert next_folder(SearchOptions()) == Path("runs/digits-prunet-1")
-    Run.create("runs/digits-prunet-1", {}).close()
-    assert next_folder(SearchOptions()) == Path("runs/digits-prunet-2")
+    for number in (1, 2):  # the first is taken as soon as it is named
+        assert next_folder(SearchOptions()) == Path(f"runs/digits-prunet-{number}")
+    (tmp_path / "cats").mkdir()
+    monkeypatch.chdir(tmp_path / "cats")
+    assert next_folder(SearchOptions(task="folder:.")) == Path("runs/cats-prunet-1")
     assert next_folder(SearchOptions(task="folder:/data/cats", method="fbnet")) == Path("runs/cats-fbnet-1")

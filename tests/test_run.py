@@ -324,6 +324,39 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path / "run").rglob("*.tmp"))
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/run cannot be written: Not a directory"):
+        Run.create(tmp_path / "file" / "run", PROBLEM)
+    with Run.create(tmp_path / "run", PROBLEM) as run:
+        run.checkpoint("a.pt").mkdir()
+        with (
+            pytest.raises(UserError, match=r"a\.pt cannot be written: Is a directory"),
+            atomically(run.checkpoint("a.pt")) as file,
+        ):
+            file.touch()
+
+
+def test_a_damaged_stage_is_named(tmp_path):
+    with Run.create(tmp_path / "run", PROBLEM) as run:
+        run.once("stage", lambda: 1)
+        (tmp_path / "run" / "stages" / "stage.json").write_text('{"begin": 0, "en')
+        with pytest.raises(UserError, match=r"stage\.json is damaged: it is no JSON; delete it"):
+            run.once("stage", lambda: 1)
+
+
+def test_a_run_is_discarded_unless_something_was_searched_or_trained(tmp_path):
+    with Run.create(tmp_path / "run", PROBLEM) as run:
+        run.once("profile", lambda: 1)
+        run.once("search", lambda: 1)
+        run.discard()
+    assert (tmp_path / "run" / "problem.yaml").exists()
+    (tmp_path / "run" / "stages" / "search.json").unlink()
+    with Run.open(tmp_path / "run") as run:
+        run.discard()
+    assert not (tmp_path / "run").exists()
+
+
 def test_seeds_are_stable_and_differ_by_purpose(tmp_path):
     with Run.create(tmp_path / "a", {"seed": 1}) as a, Run.create(tmp_path / "b", {"seed": 2}) as b:
         assert a.seed("weights") == 2143059559

@@ -8,8 +8,8 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
-from contextlib import redirect_stderr, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import fields
 from io import StringIO
 from typing import TYPE_CHECKING
@@ -44,20 +44,41 @@ netsmith VERB --json   prints one JSON object instead of text
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 1 (a bug), 2 (UserError), 3 (PromiseBroken), 130 (Ctrl-C)."""
     arguments = sys.argv[1:] if argv is None else list(argv)
+    as_json = "--json" in arguments
     try:
         return _run(arguments)
-    except UserError as error:
-        if "--json" in arguments and not isinstance(error, PromiseBroken):
-            print(json.dumps({"error": str(error)}))
+    except _Broken as error:  # the answer has been given
         return _fail(str(error), error.exit_code)
+    except UserError as error:
+        return _fail(str(error), error.exit_code, as_json)
     except KeyboardInterrupt as stop:
         hint = "".join(f"; continue with: {note}" for note in getattr(stop, "__notes__", []))
-        return _fail(f"stopped{hint}", 130)
+        return _fail(f"stopped{hint}", 130, as_json)
     except BrokenPipeError:  # the reader of `netsmith list spaces | head -1` has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # the last resort: a bug should not hide behind a page of traceback, nor get lost
-        return _fail(_unexpected(error), 1)
+        return _fail(_unexpected(error), 1, as_json)
+
+
+class _Broken(PromiseBroken):
+    """A broken promise of which the answer has told all there is."""
+
+
+@contextmanager
+def _kept_free(wanted: bool) -> Iterator[None]:
+    """Send what libraries print (the knapsack's solver, now and then) to stderr: stdout is for one JSON object."""
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _run(arguments: list[str]) -> int:
@@ -74,14 +95,15 @@ def _run(arguments: list[str]) -> int:
     asked = _parse(arguments[0], arguments[1:])
     if asked is None:
         return 0
-    answer = asked.run()
+    with _kept_free(asked.json):
+        answer = asked.run()
     if asked.json:
         print(json.dumps(answer.data))
     else:
         answer.show()
     sys.stdout.flush()
     if answer.broken:
-        raise PromiseBroken(answer.broken)
+        raise _Broken(answer.broken)
     return 0
 
 
@@ -128,8 +150,10 @@ def _sentence(box: str) -> str:
     return re.sub(r"\s+", " ", text).strip().rstrip(".")
 
 
-def _fail(sentence: str, code: int) -> int:
+def _fail(sentence: str, code: int, as_json: bool = False) -> int:
     with suppress(OSError):
+        if as_json:
+            print(json.dumps({"error": sentence}))
         sys.stdout.flush()
     print(f"netsmith: {sentence}", file=sys.stderr)
     return code

@@ -30,7 +30,7 @@ Later = tyro.conf.arg(help_behavior_hint="")
 IN_A_FILE = ("space_options", "method_options", "recipe")
 """Options that have no flag."""
 
-RECORDED = ("format", "command")
+RECORDED = ("format", "command", "images")
 """Keys of a `problem.yaml` that ask for nothing."""
 
 
@@ -68,7 +68,8 @@ class SearchOptions:
     baselines: tuple[str, ...] = ("random", "capacity")
     """Methods to compare with, at the same budget and with the same training; no names: none."""
     space_options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the space's function; in a file only."""
+    """Arguments of the space's function, but for classes, channels and resolution, which the task decides; in a file
+    only."""
     method_options: dict[str, Any] = field(default_factory=dict)
     """Fields of the method's dataclass; in a file only."""
     recipe: dict[str, Any] = field(default_factory=dict)
@@ -86,8 +87,9 @@ def read_config(file: Path) -> SearchOptions:
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        raise UserError(f"{file} is no YAML" + (f": see line {where.line + 1}" if where else "")) from error
+        where, what = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f": see line {where.line + 1}" + (f" ({what})" if what else "") if where else ""
+        raise UserError(f"{file} is no YAML that can be read{line}") from error
     if data is None:
         data = {}
     if not isinstance(data, dict):

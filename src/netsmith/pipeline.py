@@ -30,6 +30,7 @@ from netsmith.cost.table import Calibration, LatencyTable, TableDevice
 from netsmith.decisions import Architecture
 from netsmith.errors import UserError
 from netsmith.methods import make_method
+from netsmith.prepare import open_run
 from netsmith.run import Run, atomically
 from netsmith.search.allocate import Infeasible
 from netsmith.search.problem import Problem
@@ -67,7 +68,12 @@ class Job:
     @cached_property
     def task(self):
         data = self.asked.get("data")
-        return open_task(self.asked["task"], Path(data) if data else None, resolution=self.asked.get("resolution"))
+        task = open_task(self.asked["task"], Path(data) if data else None, resolution=self.asked.get("resolution"))
+        if task.fingerprint != self.asked.get("images", task.fingerprint):
+            raise UserError(
+                f"{task.source} has other images than when {self.run.path} was started: put them back, or start anew"
+            )
+        return task
 
     @cached_property
     def device(self) -> Device:
@@ -77,6 +83,10 @@ class Job:
     @cached_property
     def recipe(self) -> Recipe:
         return Recipe(**self.asked["recipe"])
+
+    def open(self) -> None:
+        """Open all that may not be there any more. Raises: UserError for what is not."""
+        _ = self.task, self.device
 
     def build(self) -> nn.Module:
         """The supernet, with the same weights every time."""
@@ -171,7 +181,11 @@ def _search(job: Job) -> dict:
     run, say = job.run, job.say
     run.progress = say.progress
     problem = job.problem
-    check_feasible(job, problem)
+    try:
+        check_feasible(job, problem)
+    except Infeasible:
+        run.discard()  # what was measured lies in the device's table
+        raise
     seconds = {"profile": job.profile_seconds}
     say.stage(f"search: {job.asked['method']}")
     method = make_method(job.asked["method"], job.asked["method_options"])
@@ -190,7 +204,7 @@ def _search(job: Job) -> dict:
 
 
 def check_feasible(job: Job, problem: Problem) -> None:
-    """Raises: UserError for a budget that no network keeps as predicted, with the nearest that one does."""
+    """Raises: Infeasible for a budget that no network keeps as predicted, with the nearest that one does."""
     for asked, budgets in zip(job.budgets, problem.budgets, strict=True):
         try:
             problem.allocate(capacity(problem), budgets)
@@ -201,7 +215,7 @@ def check_feasible(job: Job, problem: Problem) -> None:
             near = [b if b.metric not in smallest else _raised(b, smallest[b.metric][0], job) for b in asked]
             if near == asked:  # each can be kept, only not all at once
                 raise
-            raise UserError(f"{error}; the nearest that can be kept: {', '.join(map(str, near))}") from None
+            raise Infeasible(f"{error}; the nearest that can be kept: {', '.join(map(str, near))}") from None
 
 
 def _raised(budget: Budget, least: float, job: Job) -> Budget:
@@ -339,6 +353,7 @@ def _judged(
 def retrain(run: Run, say: Say) -> dict:
     """Train and ship the networks of a finished search once more; returns the content of `result.json`."""
     run.read_json("result.json")  # UserError where the search is not finished
+    Job(run, say).open()
     for old in (*run.path.glob("stages/ship-*.json"), *run.path.glob("checkpoints/train-*.pt")):
         old.unlink()
     return search(run, say)
@@ -346,8 +361,9 @@ def retrain(run: Run, say: Say) -> dict:
 
 def ship(folder: Path, say: Say) -> dict:
     """Export and judge a trained network of a run again: what the gate said. The run's `result.json` stays."""
+    folder = folder.absolute()
     place = folder if (folder / "problem.yaml").exists() else folder.parent
-    with Run.open(place) as run:
+    with open_run(place) as run:
         job = Job(run, say)
         network = load(folder)
         architecture = loads((folder / "architecture.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from netsmith.cost.budget import parse_budgets
 from netsmith.cost.device import Device, TorchCuda, parse_device
 from netsmith.errors import UserError, unknown
 from netsmith.methods import METHODS, make_method, method_class
-from netsmith.options import SearchOptions, checked
+from netsmith.options import RECORDED, SearchOptions, checked
 from netsmith.run import Run
 from netsmith.spaces import SPACES, open_space, space_defaults
 from netsmith.tasks import TASKS, open_task
@@ -33,7 +34,25 @@ def prepare(options: SearchOptions, folder: str | Path | None = None, *, command
     Raises: UserError for an unknown name, a malformed budget, missing data, or a folder that holds something else.
     """
     check(options)
-    return Run.create(folder or options.out or next_folder(options), problem_of(options, command))
+    problem = problem_of(options, command)
+    return Run.create(folder or options.out or next_folder(options), problem)
+
+
+def open_run(folder: Path) -> Run:
+    """The run in a folder, to go on with. Raises: UserError where it is none, or asks in another version's words."""
+    run = Run.open(folder)
+    asked = {key: value for key, value in run.problem.items() if key not in RECORDED}
+    given_once = {"out", "epochs", "search_epochs"}  # they have gone into the folder, the recipe and the method
+    try:
+        if lacking := [f.name for f in fields(SearchOptions) if f.name not in given_once and f.name not in asked]:
+            raise UserError(f"it lacks {lacking[0]}")
+        options = checked(SearchOptions, asked)
+        checked(Recipe, options.recipe, "recipe")
+        make_method(options.method, options.method_options)
+    except UserError as error:
+        run.close()
+        raise UserError(f"{folder / 'problem.yaml'} is not of this version of netsmith: {error}") from None
+    return run
 
 
 def check(options: SearchOptions) -> None:
@@ -49,6 +68,10 @@ def check(options: SearchOptions) -> None:
         if given not in allowed:
             raise unknown(kind, given, allowed)
     parse_device(options.device)
+    if options.data and options.task == "digits":
+        raise UserError(f"--data {options.data} was given, but the digits come with scikit-learn")
+    if options.table_part and not options.table:
+        raise UserError(f"--table-part {options.table_part} was given without --table")
     if options.table and not options.table.is_file():
         raise UserError(f"the table {options.table} does not exist")
     for name, value in (("epochs", options.epochs), ("search_epochs", options.search_epochs)):
@@ -64,15 +87,19 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     if task_name.startswith("folder:"):  # a run can be continued from anywhere
         task_name = f"folder:{Path(task_name.removeprefix('folder:')).expanduser().absolute()}"
     task = open_task(task_name, options.data, resolution=options.resolution)
+    data = options.data
+    if not data and task_name != "digits" and not task_name.startswith("folder:") and "NETSMITH_DATA" in os.environ:
+        data = Path(os.environ["NETSMITH_DATA"])  # who continues the run may have another one
     space = options.space or default_space(options.method, task.resolution)
     shape = {"classes": task.classes, "channels": task.channels, "resolution": task.resolution}
     device = None if options.table else parse_device(options.device)
-    space_options = {**shape, **offered_widths(space, device), **options.space_options}
+    space_options = {**offered_widths(space, device), **options.space_options, **shape}
     with torch.device("meta"):  # wrong options should not leave a folder behind
         open_space(space, **space_options)
     problem = {
         "task": task_name,
-        "data": str(options.data.absolute()) if options.data else None,
+        **({"images": task.fingerprint} if task.fingerprint else {}),
+        "data": str(data.absolute()) if data else None,
         "resolution": options.resolution,
         "space": space,
         "space_options": space_options,
@@ -127,13 +154,21 @@ def recipe(options: SearchOptions, task: Task) -> Recipe:
     """The recipe for the task with what the options change."""
     given = options.recipe if options.epochs is None else {**options.recipe, "epochs": options.epochs}
     wanted = checked(Recipe, given, "recipe")
-    return replace(Recipe.default(task), **{name: getattr(wanted, name) for name in given})
+    lengths = {name: given[name] for name in ("epochs", "batch_size") if name in given}
+    return replace(Recipe.default(task, **lengths), **{name: getattr(wanted, name) for name in given})
 
 
 def next_folder(options: SearchOptions) -> Path:
-    """runs/TASK-METHOD-NUMBER with the first number that is free."""
-    task = Path(options.task.removeprefix("folder:")).name if options.task.startswith("folder:") else options.task
+    """runs/TASK-METHOD-NUMBER with the first number that is free; the folder is made, so that it is nobody else's."""
+    given = options.task
+    task = Path(given.removeprefix("folder:")).resolve().name if given.startswith("folder:") else given
     number = 1
-    while (folder := Path("runs", f"{task}-{options.method}-{number}")).exists():
-        number += 1
-    return folder
+    while True:
+        folder = Path("runs", f"{task}-{options.method}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made: {error.strerror}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,8 @@ def measure_files(target: Path, device_name: str, seconds: float) -> dict[str, A
     Raises: UserError for what is neither, is damaged, or does not run on the device.
     """
     device = parse_device(device_name)
+    if not 0 < seconds < math.inf:
+        raise UserError(f"seconds is {seconds:g}; allowed: more than 0")
     if not target.exists():
         raise UserError(f"{target} does not exist; an .onnx file or the folder of a run is needed")
     places = [target] if target.is_file() else _files(target)
@@ -143,12 +146,12 @@ def table_error(predicted: list[float], measured: list[float]) -> dict[str, Any]
     from scipy.stats import kendalltau
 
     errors = [100 * abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
-    tau: Any = kendalltau(predicted, measured)
+    tau: Any = kendalltau(predicted, measured) if len(measured) > 1 else None
     return {
         "networks": len(measured),
         "mean_percent": sum(errors) / len(errors),
         "largest_percent": max(errors),
-        "kendall_tau": float(tau.statistic) if len(measured) > 1 else None,
+        "kendall_tau": tau and float(tau.statistic),
         "predicted_ms": predicted,
         "measured_ms": measured,
     }

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import re
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -61,7 +62,7 @@ class Run:
             with _Lock(path), _writing(path / "problem.yaml") as temporary:
                 temporary.write_text(text, encoding="utf-8")
         run = cls.open(path)
-        if run.problem != load_yaml(dump_yaml(problem)):
+        if _asked(run.problem) != _asked(load_yaml(dump_yaml(problem))):
             run.close()
             raise UserError(f"{path} is the run of another problem (see its problem.yaml): give a new folder")
         return run
@@ -195,6 +196,11 @@ class Run:
         """Let another process have the run."""
         self._close()
 
+    def discard(self) -> None:
+        """Delete the folder, unless something has been searched or trained in it: a run that can have no result."""
+        if not {file.stem for file in self.path.glob("stages/*.json")} - {"profile", "reference"}:
+            shutil.rmtree(self.path)
+
     def __enter__(self) -> Run:
         return self
 
@@ -243,7 +249,16 @@ def dump_yaml(data: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML takes `1e-3` for a string, since YAML 1.1 asks for `1.0e-3`."""
+    """PyYAML takes `1e-3` for a string, since YAML 1.1 asks for `1.0e-3`, and of a key given twice the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # pyright: ignore[reportUnknownMemberType]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"{key} is given twice", node.value[i][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -285,13 +300,15 @@ os.register_at_fork(after_in_child=lambda: [lock.close() for lock in _locks])
 
 @contextmanager
 def _room_for(path: Path) -> Iterator[None]:
-    """Turn a full disk into a UserError that names the path."""
+    """Turn what keeps a file from being written into a UserError that names it."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"no space left to write {path}: make room and continue, all written before is kept") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            sentence = f"no space left to write {path}: make room and continue, all written before is kept"
+        else:
+            sentence = f"{path} cannot be written: {error.strerror or error}"
+        raise UserError(sentence) from error
 
 
 @contextmanager
@@ -321,7 +338,10 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path} is damaged: it is no JSON; delete it, and what it held is computed again") from None
 
 
 def _plain(value: Any) -> Any:
@@ -335,6 +355,11 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, (str, int, float)) and hasattr(value, "tolist"):
         return _plain(value.tolist())
     return value
+
+
+def _asked(problem: dict[str, Any]) -> dict[str, Any]:
+    """The problem without the words in which it was put."""
+    return {key: value for key, value in problem.items() if key != "command"}
 
 
 def _ours(file: Path) -> bool:

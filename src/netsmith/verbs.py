@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, Suppress, arg
 
 from netsmith.errors import UserError
 from netsmith.options import Later, SearchOptions, read_config
@@ -49,6 +50,7 @@ class Verb(Protocol):
 FAR_OFF = 10.0
 """Percent; a table filled on a quiet machine is off by 1 to 5."""
 
+
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
 
 
@@ -65,6 +67,8 @@ class Search(SearchOptions):
     """Continue the run in this folder, which was stopped or killed; takes no other options."""
     json: bool = False
     """Print one JSON object on stdout, the content of result.json."""
+    unless_given: Annotated[tuple[str, ...], Suppress] = SearchOptions.budget
+    """The file's budgets; no default of `budget`, to which given ones would be added."""
 
     @classmethod
     def before(cls, arguments: Sequence[str]) -> Search:
@@ -76,22 +80,20 @@ class Search(SearchOptions):
             elif argument.startswith("--config="):
                 config = Path(argument.removeprefix("--config="))
         known = vars(read_config(config) if config else SearchOptions())
-        return cls(**{**known, "budget": ()}, config=config)
+        return cls(**{**known, "budget": ()}, config=config, unless_given=known["budget"])
 
     def options(self) -> SearchOptions:
         own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(SearchOptions)}
         given = SearchOptions(**own)
-        if given.budget:
-            return given
-        return replace(given, budget=(read_config(self.config) if self.config else SearchOptions()).budget)
+        return given if given.budget else replace(given, budget=self.unless_given)
 
     def run(self) -> Answer:
         if self.resume is not None:
             if replace(self, resume=None, json=False) != Search.before([]):
                 raise UserError(f"--resume takes no other options: {self.resume / 'problem.yaml'} says what was asked")
-            from netsmith.run import Run
+            from netsmith.prepare import open_run
 
-            return self._search(Run.open(self.resume))
+            return self._search(open_run(self.resume))
         options = self.options()
         from netsmith.prepare import check
 
@@ -121,9 +123,9 @@ class Train:
 
     def run(self) -> Answer:
         from netsmith.pipeline import retrain
-        from netsmith.run import Run
+        from netsmith.prepare import open_run
 
-        with Run.open(self.folder) as run, resumable(run), Console() as say:
+        with open_run(self.folder) as run, resumable(run), Console() as say:
             return finished(self.folder, retrain(run, say))
 
 
@@ -220,6 +222,8 @@ class Profile:
         device = import_table(self.table, self.table_part) if self.table else parse_device(self.device)
         options = {name: getattr(self, name) for name in ("classes", "channels", "resolution")}
         if self.task:
+            if given := [f"--{name}" for name, value in options.items() if value is not None and name != "resolution"]:
+                raise UserError(f"{given[0]} and --task were given; the task says how many {given[0][2:]} there are")
             task = open_task(self.task, self.data, resolution=self.resolution)
             options = {name: getattr(task, name) for name in options}
         with Console() as say:
@@ -261,7 +265,8 @@ class Report:
         left_out = [run for run in self.runs if run not in runs]
         alone = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
         page = str(write_report(runs, self.out or alone))
-        lines = [f"left out, not finished: {run} (netsmith search --resume {run})" for run in left_out]
+        hints = {run: shlex.join(["netsmith", "search", "--resume", str(run)]) for run in left_out}
+        lines = [f"left out, not finished: {run} ({hint})" for run, hint in hints.items()]
         data = {"report": page, "runs": list(map(str, runs)), "left_out": list(map(str, left_out))}
         return Answer(data, [*lines, page])
 
@@ -289,7 +294,7 @@ def resumable(run: Run) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        error.add_note(f"netsmith search --resume {run.path}")
+        error.add_note(shlex.join(["netsmith", "search", "--resume", str(run.path)]))
         raise
 
 

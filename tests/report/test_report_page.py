@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_run import events, front, result
+from synthetic_run import events, front, predicted, result
 
 from netsmith.errors import UserError
 from netsmith.report.page import write_report
@@ -150,7 +150,111 @@ def test_a_run_that_was_continued_counts_each_epoch_once(
     page = read(folder)
     losses = next(f for f in page.figures if f["layout"]["yaxis"]["title"]["text"] == "loss")
     assert losses["data"][0]["x"] == list(range(30))
-    assert "1 line of events.jsonl could not be read" in page.words
+
+
+def test_a_damaged_line_of_events_is_one_sentence(run_folder: Callable[..., Path], read: Callable[..., Reader]) -> None:
+    file = run_folder() / "events.jsonl"
+    file.write_bytes(b'{"kind": "gate"}\n\xff\0\n{"kind": "gate"}\n')
+    with pytest.raises(UserError, match=re.escape(f"{file} is damaged")):
+        read(file.parent)
+
+
+def write(folder: Path, *events: dict[str, Any]) -> Path:
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return folder
+
+
+def test_rounds_and_gate_are_those_of_the_network_found(
+    run_folder: Callable[..., Path], read: Callable[..., Reader]
+) -> None:
+    page = read(run_folder())
+    assert "the gate on found-0" in page.words
+    assert "the gate on capacity-0" not in page.words
+    assert "the gate on reference" not in page.words
+    (chart,) = (f for f in page.figures if f["layout"]["xaxis"]["title"]["text"] == "round")
+    drawn = {trace["name"]: trace["y"] for trace in chart["data"]}
+    assert drawn == {"limit": [5.0] * 3, "predicted": [4.97, 4.91, 4.86], "measured": [5.34, 5.08, 4.83]}
+    assert "5 mslatency 4.97 ms5.34 ms" in " ".join(page.words.split())
+    assert "4.94 ms" not in page.words.partition("Keeping the promise")[2].partition("Training")[0]
+
+
+def epoch(search: str, number: int, **more: Any) -> dict[str, Any]:
+    shares = {"probabilities": {"blocks.0": {"k3_e1": 0.1 * number, "skip": 1 - 0.1 * number}}}
+    logged = {"train_loss": 1 / number, "expected": {"latency": 4.0}, "target": 5.0, "widths": {"w": [8, 16]}}
+    return {"kind": "search_epoch", "search": search, "epoch": number, **shares, **logged, **more}
+
+
+def pruning() -> list[dict[str, Any]]:
+    """What PruNet logs for two budgets: a warm-up they share, then a supernet for each."""
+    logged = [epoch("warm-0", number) for number in (1, 2)]
+    for search in ("prune-0", "prune-1"):
+        logged += [epoch(search, number, search_loss=0.5) for number in (3, 4, 5)]
+        logged += [{"kind": "removed", "search": search, "epoch": 4, "path": "blocks.0", "option": "k5_e3"}]
+    return logged
+
+
+def test_every_search_is_drawn(run_folder: Callable[..., Path], read: Callable[..., Reader]) -> None:
+    page = read(write(run_folder(made=front()), *pruning()))
+    for title in ("prune-0 (latency ≤ 3 ms)", "prune-1 (latency ≤ 5 ms)"):
+        assert f"How the search made up its mind, {title}" in page.words
+    assert "mind, warm-0" not in page.words  # nothing is chosen in a warm-up
+    losses = next(f for f in page.figures if f["layout"]["yaxis"]["title"]["text"] == "loss" and "search" in str(f))
+    assert {trace["name"]: trace["x"] for trace in losses["data"]} == {
+        "warm-0 train": [1, 2],
+        "prune-0 train": [3, 4, 5],
+        "prune-0 search": [3, 4, 5],
+        "prune-1 train": [3, 4, 5],
+        "prune-1 search": [3, 4, 5],
+    }
+    looks = [(trace["line"]["color"], trace["line"]["dash"]) for trace in losses["data"]]
+    assert len(set(looks)) == len(looks)
+    titles = [f["layout"]["yaxis"]["title"]["text"] for f in page.figures]
+    assert titles.count("expected latency (ms)") == 2
+    removed = [t["x"] for f in page.figures for t in f["data"] if t.get("name") == "option removed"]
+    assert removed == [[4], [4]]
+
+
+def test_the_search_of_a_baseline_is_not_the_methods(
+    run_folder: Callable[..., Path], read: Callable[..., Reader]
+) -> None:
+    mine = {"kind": "promise_round", "name": "random-0", "round": 1, "metric": "latency", "limit": 5, "measured": 4}
+    rival = mine | {"name": "prunet-0"}
+    words = read(write(run_folder(made=result(method="random")), mine, *pruning(), rival)).words
+    assert "No probabilities were logged" in words
+    assert "No search epochs were logged" in words
+
+
+def test_rounds_of_every_metric_in_its_own_unit(run_folder: Callable[..., Path], read: Callable[..., Reader]) -> None:
+    made = result()
+    made["budgets"] += [{"metric": "params", "limit": 50_000, "unit": "", "measured": 49_314, "kept": True}]
+    made["budgets"] += [{"metric": "peak_memory", "limit": 256_000, "unit": "B", "measured": 2e5, "kept": True}]
+    limits = {"latency": (5.0, 4.9), "params": (5e4, 49_314), "peak_memory": (256e3, 2e5)}
+    rounds = [
+        {"kind": "promise_round", "name": "fbnet-0", "round": 1, "metric": m, "limit": a, "predicted": b, "measured": b}
+        for m, (a, b) in limits.items()
+    ]
+    page = read(write(run_folder(made=made), *rounds))
+    charts = [f for f in page.figures if f["layout"]["xaxis"]["title"]["text"] == "round"]
+    titles = [chart["layout"]["yaxis"]["title"]["text"] for chart in charts]
+    assert titles == ["latency (ms)", "params (k)", "peak memory (kB)"]
+    assert [chart["data"][0]["y"] for chart in charts] == [[5.0], [50.0], [256.0]]
+    words = " ".join(page.words.split())
+    for text in ("5 mslatency 4.90 ms", "50 kparams 49.3 k49.3 k", "256 kBpeak memory 200 kB"):
+        assert text in words
+    assert "50 s" not in page.words
+
+
+def test_a_table_predicts_and_the_page_says_so(run_folder: Callable[..., Path], read: Callable[..., Reader]) -> None:
+    page = read(run_folder(made=predicted(result())))
+    pareto = page.figures[0]
+    assert pareto["layout"]["xaxis"]["title"]["text"] == "predicted latency (ms)"
+    assert sum(len(trace["x"]) for trace in pareto["data"][1:]) == 8
+    assert "(predicted)" in pareto["data"][1]["text"][0]
+    for text in ("4.76 mspredicted", "is predicted to take 4.76 ms", "4.76 ms predicted, 5 ms allowed"):
+        assert text in page.words
+    assert "measured at" not in page.words
+    rounds = next(f for f in page.figures if f["layout"]["xaxis"]["title"]["text"] == "round")
+    assert [trace["name"] for trace in rounds["data"]] == ["limit", "predicted"]
 
 
 @pytest.mark.parametrize(
@@ -186,7 +290,8 @@ def test_odd_events_do_not_break_the_page(run_folder: Callable[..., Path], read:
         {"kind": "search_epoch", "epoch": 1, "probabilities": {"a": 3, "b": {"x": "high"}}, "widths": {"w": [4]}},
         {"kind": "search_epoch", "epoch": 2, "expected": 4, "target": {"latency": 2}, "widths": {"w": [None, 8]}},
         {"kind": "removed", "path": ["a"], "epoch": None},
-        {"kind": "promise_round", "round": 1, "limit": {"latency": 5}, "predicted": None, "measured": "slow"},
+        {"kind": "promise_round", "name": "fbnet-0", "limit": {"latency": 5}, "predicted": None, "measured": "slow"},
+        {"kind": "promise_round", "name": "fbnet-0", "metric": ["a"], "round": {}, "limit": [5], "measured": 3},
         {"kind": "train_epoch", "epoch": "last"},
         {"kind": ["list"]},
     ]
@@ -202,8 +307,13 @@ def test_names_cannot_break_out(run_folder: Callable[..., Path], read: Callable[
     made["layers"][0] |= {"name": EVIL, "text": EVIL}
     folder = run_folder(made=made)
     lines = [{"kind": "search_epoch", "epoch": 0, "probabilities": {EVIL: {EVIL: 1.0}}, "widths": {EVIL: [8, 8]}}]
-    lines += [{"kind": "gate", EVIL: EVIL}, {"kind": "train_epoch", "which": EVIL, "epoch": 0, "loss": 1.0}]
-    (folder / "events.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines += [lines[0] | {"search": EVIL, "train_loss": 1.0, "expected": {"latency": 1.0}}]
+    lines += [
+        {"kind": "promise_round", "name": f"{EVIL}-{i}", "metric": EVIL, "measured": 1, "round": EVIL} for i in (0, 1)
+    ]
+    lines += [{"kind": "gate", "which": "found-0", EVIL: EVIL}]
+    lines += [{"kind": "train_epoch", "which": EVIL, "epoch": 0, "loss": 1.0}]
+    write(folder, *lines)
     (folder / "problem.yaml").write_text(f"command: '{EVIL}'\n")
     page = read(folder)
     assert len(page.scripts) == 3
@@ -246,6 +356,25 @@ def test_a_search_that_chance_equals_says_so(run_folder: Callable[..., Path], re
     assert "No baseline is both as good and as fast as what was found." in read(run_folder("b")).words
 
 
+@pytest.mark.parametrize(
+    ("budgets", "cost", "says"),
+    [
+        (["params"], {"params": 1e6, "latency_ms": {"median": 9}}, "found does not beat random (1 of 5): {}."),
+        (["params"], {"params": 2e6, "latency_ms": {"median": 1}}, "No baseline is both {} as what was found."),
+        (["params"], {"latency_ms": {"median": 1}}, "No baseline is both {} as what was found."),
+        (["file"], {"file_bytes": 1e6}, "found does not beat random (1 of 5): as good and with as small a file."),
+        (["latency", "params"], {"params": 1e6, "latency_ms": {"median": 9}}, "No baseline is as good, as fast and w"),
+    ],
+)
+def test_baselines_are_compared_on_what_has_a_budget(
+    run_folder: Callable[..., Path], read: Callable[..., Reader], budgets: list[str], cost: dict[str, Any], says: str
+) -> None:
+    made = result() | {"budgets": [{"metric": metric, "limit": 2e6, "unit": ""} for metric in budgets]}
+    made["baselines"] = [b | {"cost": b["cost"] | {"params": 3e6, "file_bytes": 9e6}} for b in made["baselines"]]
+    made["baselines"][2] |= {"metric": {"name": "accuracy", "test_exported": 0.95}, "cost": cost}
+    assert says.format("as good and with as few parameters") in read(run_folder(made=made)).words
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "", '{"a": \x00}', None])
 def test_a_broken_result_is_one_sentence(run_folder: Callable[..., Path], tmp_path: Path, text: str | None) -> None:
     folder = run_folder()
@@ -255,6 +384,26 @@ def test_a_broken_result_is_one_sentence(run_folder: Callable[..., Path], tmp_pa
         write_report([folder], tmp_path / "report.html")
     assert "\n" not in str(error.value)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("place", ["folder", "file/report.html", "full.html"])
+def test_a_place_that_cannot_be_written_is_one_sentence(
+    run_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    folder = run_folder()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+
+    def full(path: Path, text: str, encoding: str) -> None:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / place))) as error:
+        write_report([folder], tmp_path / place)
+    assert ("is a folder" in str(error.value)) == (place == "folder")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_no_run_is_an_error(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import doctest
 
 import pytest
 from rich.console import Console
-from synthetic_run import front, result
+from synthetic_run import front, predicted, result
 
 from netsmith.report import drawing, numbers
 from netsmith.report.drawing import blocks, brackets
@@ -44,6 +44,17 @@ def test_printed() -> None:
     assert "BROKEN" in printed(result(kept=False))
     assert "found, latency ≤ 7 ms" in printed(front())
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_what_a_table_predicts_is_said_to_be() -> None:
+    made = predicted(result())
+    latency = [row.cells[1] for row in rows(made)]
+    assert [cell.text for cell in latency[:2]] == ["9.28 ms", "4.76 ms"]
+    assert {cell.detail for cell in latency} == {"predicted"}
+    assert latency[1].relative == "0.51×"
+    text = printed(made)
+    assert "latency as predicted by a table" in text
+    assert "interval" not in text
 
 
 @pytest.mark.parametrize("made", [{}, {"front": []}, {"baselines": [{"name": "[red]"}]}, {"metric": {"test": None}}])

@@ -53,6 +53,16 @@ def test_a_constant_that_the_table_does_not_know(kept, share):
     assert found.rounds <= 3
 
 
+@pytest.mark.parametrize("share", SHARES[:3])
+def test_a_constant_that_the_table_has_and_the_device_has_not(kept, share):
+    """As a bad calibration had it: the first network lands at 70 % of the limit, corrected in proportion the next is
+    over it, and so on; between the two lies the answer."""
+    too_much = 0.3 * problem_of(shares=(share,)).budgets[0][0].limit
+    found, limit, _ = kept(share, lambda predicted, _: predicted - too_much)
+    assert 0.95 * limit <= found.measured["latency"] <= limit
+    assert found.rounds <= 4
+
+
 def test_a_noisy_meter(kept):
     shares, landed, rounds = [0.15 + 0.04 * i for i in range(20)], [], []
     noise = random.Random(0)

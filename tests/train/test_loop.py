@@ -12,10 +12,12 @@ from torch import nn
 
 from netsmith.errors import UserError
 from netsmith.tasks import open_task
+from netsmith.tasks.classification import Task
 from netsmith.train.loop import evaluate, loss_of, train
 from netsmith.train.recipe import Recipe
 
 SHORT = Recipe(epochs=3, batch_size=64, learning_rate=0.05, ema=0.9)
+ONCE = replace(SHORT, epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +53,25 @@ def equal(first: nn.Module, second: nn.Module) -> bool:
     return all(a.equal(b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
 
 
-def test_digits_are_learnt_in_seconds(digits):
-    module = network(0.0)
-    task = digits.without_test()
-    history = train(module, task, replace(Recipe.default(digits), epochs=12), evaluate_on="search")
-    assert history.accuracy == evaluate(module, task, "search")
-    assert evaluate(module, digits, "test") >= 0.95
-    assert history.epochs[-1]["loss"] < history.epochs[0]["loss"]
-    assert not module.training
-    assert all(parameter.is_contiguous() for parameter in module.parameters())
-
-
 class Killed(BaseException):
     pass
+
+
+def train_one_epoch_of(recipe: Recipe, module: nn.Module, task: Task, path: Path) -> None:
+    def die(_) -> None:
+        raise Killed
+
+    with pytest.raises(Killed):
+        train(module, task, recipe, checkpoint=path, on_epoch=die)
+
+
+def test_digits_are_learnt_in_seconds(digits):
+    module = network(0.0)
+    history = train(module, digits.without_test(), Recipe.default(digits, epochs=12))
+    assert evaluate(module, digits, "test") >= 0.95
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert not module.training
+    assert all(parameter.is_contiguous() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize(
@@ -85,7 +93,7 @@ def test_a_killed_run_ends_like_an_undisturbed_one(few, tmp_path, recipe):
     def die_now_and_then(*_):
         nonlocal steps
         steps += 1
-        if steps in (2, 5, 9):  # inside an epoch
+        if steps in (2, 8, 16):  # inside each epoch; the second time two of its four steps are done
             raise Killed
 
     for _ in range(4):
@@ -93,39 +101,52 @@ def test_a_killed_run_ends_like_an_undisturbed_one(few, tmp_path, recipe):
         torch.manual_seed(123)  # what else was drawn must not matter
         module.register_forward_pre_hook(die_now_and_then)
         try:
-            history = train(module, few, recipe, seed=1, teacher=teacher, checkpoint=path, checkpoint_steps=1)
+            history = train(module, few, recipe, seed=1, teacher=teacher, checkpoint=path)
         except Killed:
             continue
         break
     assert equal(module, undisturbed)
-    assert [epoch["epoch"] for epoch in history.epochs] == [1, 2, 3]
+    assert [epoch["epoch"] for epoch in history] == [1, 2, 3]
 
 
-def test_stopping_early_and_going_on(few, tmp_path):
+def test_a_continued_run_tells_of_the_epochs_before(few, tmp_path):
     undisturbed, module, path, seen = network(), network(), tmp_path / "train.pt", []
-    whole = train(undisturbed, few, SHORT, evaluate_on="search")
-    assert len(train(module, few, SHORT, checkpoint=path, epochs=1, evaluate_on="search").epochs) == 1
+    whole = train(undisturbed, few, SHORT)
+    train_one_epoch_of(SHORT, module, few, path)
     assert not equal(module, undisturbed)
-    history = train(module, few, SHORT, checkpoint=path, on_epoch=seen.append, evaluate_on="search")
+    history = train(module, few, SHORT, checkpoint=path, on_epoch=seen.append)
     assert equal(module, undisturbed)
-    assert seen == history.epochs
-    assert [epoch["loss"] for epoch in history.epochs] == [epoch["loss"] for epoch in whole.epochs]
-    assert len(train(network(), few, SHORT, checkpoint=path).epochs) == 3  # nothing is left to do
-    with pytest.raises(UserError, match="is past epoch 3, but 2 epochs were asked for"):
-        train(module, few, SHORT, checkpoint=path, epochs=2)
+    assert seen == history
+    assert [epoch["loss"] for epoch in history] == [epoch["loss"] for epoch in whole]
+    again = network()
+    assert len(train(again, few, SHORT, checkpoint=path)) == 3  # nothing is left to do
+    assert equal(again, undisturbed)
+
+
+def test_the_recipe_can_forbid_mirroring(few):
+    photographs = replace(few, flip=True)
+    modules = {mirror: network() for mirror in (None, True, False)}
+    for mirror, module in modules.items():
+        train(module, photographs, replace(ONCE, mirror=mirror))
+    assert equal(modules[None], modules[True])
+    assert not equal(modules[None], modules[False])
+    train(unmirrored := network(), few, ONCE)
+    assert equal(unmirrored, modules[False])
 
 
 def test_the_global_generator_is_left_alone(few):
     state = torch.get_rng_state()
     module = network()
     torch.set_rng_state(state)
-    train(module, few, SHORT, epochs=1)
+    train(module, few, ONCE)
     assert torch.get_rng_state().equal(state)
 
 
 def test_foreign_checkpoints_are_refused(few, tmp_path):
     path = tmp_path / "train.pt"
-    train(network(), few, SHORT, checkpoint=path, epochs=1)
+    train(network(), few, SHORT, checkpoint=path)
+    with pytest.raises(UserError, match="the list of images is '' there and 'another' here"):
+        train(network(), replace(few, fingerprint="another"), SHORT, checkpoint=path)
     with pytest.raises(UserError, match=r"learning_rate is 0\.05 there and 0\.1 here"):
         train(network(), few, replace(SHORT, learning_rate=0.1), checkpoint=path)
     with pytest.raises(UserError, match="seed is 0 there and 1 here"):
@@ -139,7 +160,7 @@ def test_foreign_checkpoints_are_refused(few, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(few, tmp_path):
     path = tmp_path / "train.pt"
-    train(network(), few, SHORT, checkpoint=path, epochs=1)
+    train_one_epoch_of(SHORT, network(), few, path)
     good = path.read_bytes()
     module = network()
     calls = 0
@@ -166,7 +187,7 @@ def test_weights_that_explode_in_the_last_step_are_not_saved(few, tmp_path):
 
 def test_a_full_disk_keeps_the_last_checkpoint(few, tmp_path, monkeypatch):
     path = tmp_path / "train.pt"
-    train(network(), few, SHORT, checkpoint=path, epochs=1)
+    train_one_epoch_of(SHORT, network(), few, path)
     good = path.read_bytes()
 
     def full(self, data):

@@ -43,6 +43,29 @@ def test_the_default_looks_at_the_task():
     assert of(1768, 128).learning_rate < of(10_000, 32).learning_rate
 
 
+@pytest.mark.parametrize("images", [30, 1442, 10_000, 60_000])
+@pytest.mark.parametrize("resolution", [8, 28, 128])
+def test_average_and_warm_up_fit_the_length_of_the_training(images, resolution):
+    task = SimpleNamespace(splits={"trainval": range(images)}, resolution=resolution)
+    usual = Recipe.default(task)  # pyright: ignore
+    steps = usual.epochs * images / usual.batch_size
+    assert usual.ema == round(1 - 20 / max(1000, steps), 5)
+    assert usual.warmup_epochs == 1.0
+    assert Recipe.default(task, usual.epochs, usual.batch_size) == usual  # pyright: ignore
+    for epochs in (1, 2, 300):
+        recipe = Recipe.default(task, epochs=epochs)  # pyright: ignore
+        assert recipe.epochs == epochs
+        assert recipe.warmup_epochs == min(1.0, epochs / 4)
+        part = 1 / (1 - usual.ema) / steps  # of the training that the average looks back over
+        back = part * epochs * images / usual.batch_size
+        assert 1 / (1 - recipe.ema) == pytest.approx(max(2.0, back), rel=0.05)
+    halved = Recipe.default(task, batch_size=usual.batch_size // 2)  # pyright: ignore
+    assert 1 / (1 - halved.ema) == pytest.approx(2 / (1 - usual.ema), rel=0.05)
+    assert Recipe.default(task, epochs=10**9).ema == 0.99999  # pyright: ignore
+    with pytest.raises(UserError, match=r"recipe\.batch_size is 0"):
+        Recipe.default(task, batch_size=0)  # pyright: ignore
+
+
 def test_schedules():
     assert [round(factor("cosine", s, 6, 2), 3) for s in range(6)] == [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
     assert [factor("linear", s, 4, 0) for s in range(4)] == [1.0, 0.75, 0.5, 0.25]

@@ -12,7 +12,7 @@ from html import escape
 from typing import Any
 
 from netsmith.report.networks import Network, pick
-from netsmith.report.numbers import interval, is_share, limit, milliseconds, number, quality, short
+from netsmith.report.numbers import interval, is_share, limit, milliseconds, number, quality, scale, short
 
 COLOURS = ("--c0", "--c1", "--c2", "--c3", "--c4", "--c5")
 SYMBOLS = ("circle", "square", "triangle-up", "pentagon", "star", "hexagon")
@@ -58,7 +58,7 @@ def style(index: int) -> dict[str, Any]:
 
 
 def pareto(listed: Sequence[Network], metric: str) -> Figure | None:
-    """The metric against the measured latency, with interval bars; the dotted line joins what nothing dominates."""
+    """The metric against the latency, with interval bars; the dotted line joins what nothing dominates."""
     points = [n for n in listed if n.score is not None and n.cost("latency") is not None]
     if not points:
         return None
@@ -91,13 +91,19 @@ def pareto(listed: Sequence[Network], metric: str) -> Figure | None:
         trace = {"type": "scatter", "mode": "markers", "x": x, "y": y, "name": plain(name, 40), "marker": marker}
         traces.append(trace | {"error_x": bars, "text": [plain(w) for w in words], "hoverinfo": "text"})
     said = "; ".join(n.sentence for n in points[:12]) + ("; ..." if len(points) > 12 else "")
-    axes = {"xaxis": axis(f"measured latency ({unit})"), "yaxis": axis(f"{metric} (%)" if percent == 100 else metric)}
-    return Figure(f"{metric} against measured latency. {said}", traces, axes, 420)
+    known = {"predicted" if n.predicted else "measured" for n in points}
+    latency = f"{known.pop()} latency" if len(known) == 1 else "latency"
+    axes = {"xaxis": axis(f"{latency} ({unit})"), "yaxis": axis(f"{metric} (%)" if percent == 100 else metric)}
+    return Figure(f"{metric} against {latency}. {said}", traces, axes, 420)
 
 
-def losses(epochs: list[Event]) -> Figure | None:
-    """Training and search loss of the supernet."""
-    traces = _curves(epochs, {"train_loss": "train", "search_loss": "search"}, "epoch")
+def losses(searches: Sequence[tuple[str, list[Event]]]) -> Figure | None:
+    """Training and search loss of each supernet, by name."""
+    traces = []
+    for name, epochs in searches:
+        ahead = f"{plain(name, 40)} " if len(searches) > 1 else ""
+        traces += _curves(epochs, {"train_loss": f"{ahead}train", "search_loss": f"{ahead}search"}, "epoch")
+    traces = [trace | _look(index) for index, trace in enumerate(traces)]
     if not traces:
         return None
     ends = ", ".join(f"{t['name']} from {_first(t['y']):.3g} to {_first(t['y'][::-1]):.3g}" for t in traces)
@@ -142,22 +148,34 @@ def layers(listed: list[dict[str, Any]]) -> Figure | None:
     dots = {"type": "scatter", "mode": "markers", "x": times(predicted, factor), "name": "predicted"}
     diamond = {"color": "--c1", "symbol": "diamond", "size": 9, "line": {"color": "--panel", "width": 1}}
     dots |= shared | {"marker": diamond}
-    totals = [milliseconds(sum(v for v in values if v is not None)) for values in (measured, predicted)]
-    traces = [t for t, known in ((bars, measured), (dots, predicted)) if any(v is not None for v in known)]
+    known = [[value for value in values if value is not None] for values in (measured, predicted)]
+    drawn = [(trace, values) for trace, values in zip((bars, dots), known, strict=True) if values]
+    sums = ", ".join(f"{trace['name']} {milliseconds(sum(values))}" for trace, values in drawn)
+    traces = [trace for trace, _ in drawn]
     axes = {"xaxis": axis(f"latency ({unit})") | {"rangemode": "tozero"}, "yaxis": lanes(rows, names), "bargap": 0.35}
-    alt = f"Latency of {len(listed)} layers; sum measured {totals[0]}, predicted {totals[1]}."
+    alt = f"Latency of {len(listed)} layers; sum {sums}."
     return Figure(alt, traces, axes, 110 + 20 * len(rows))
 
 
-def rounds(listed: list[Event]) -> Figure | None:
-    """The promise loop: what each round predicted, what was measured, and the limit."""
+def rounds(listed: list[Event], metric: str, unit: str) -> Figure | None:
+    """The promise loop on one metric: what each round predicted, what was measured, and the limit."""
     known = [e for e in listed if number(e.get("measured")) is not None or number(e.get("predicted")) is not None]
     if not known:
         return None
     columns = {key: [number(e.get(key)) for e in known] for key in ("limit", "predicted", "measured")}
-    factor, unit = clock(v for values in columns.values() for v in values)
-    several = len({str(e.get("limit")) for e in known}) > 1
-    x = [f"{e.get('round')}<br>≤ {limit(e.get('limit'), 'ms')}" if several else f"{e.get('round')}" for e in known]
+    every = [v for values in columns.values() for v in values if v is not None]
+    factor, shown = clock(every) if unit == "ms" else scale(max(every), unit)
+    limits, names = ({str(e.get(key)) for e in known} for key in ("limit", "name"))
+
+    def tick(event: Event) -> str:
+        """Networks of a front differ in this limit, or only in that of another metric."""
+        words = [plain(event.get("round"), 9)]
+        if len(limits) > 1:
+            words.append(f"≤ {limit(event.get('limit'), unit)}")
+        elif len(names) > 1:
+            words.append(plain(event.get("name"), 20))
+        return "<br>".join(words)
+
     place = list(range(len(known)))
     marks = {"limit": ("line-ew-open", "--text", 34), "predicted": ("diamond-open", "--c1", 11)}
     marks["measured"] = ("circle", "--c0", 11)
@@ -169,13 +187,16 @@ def rounds(listed: list[Event]) -> Figure | None:
             "y": times(columns[name], factor),
             "name": name,
             "marker": {"symbol": symbol, "color": colour, "size": width, "line": {"width": 2, "color": colour}},
-            "hovertemplate": f"%{{y:.3~f}} {unit}",
+            "hovertemplate": f"%{{y:.3~f}} {shown}",
         }
         for name, (symbol, colour, width) in marks.items()
+        if any(value is not None for value in columns[name])
     ]
-    ticks = {"tickvals": place, "ticktext": x, "range": [-0.6, len(place) - 0.4], "showgrid": False, "zeroline": False}
-    axes = {"xaxis": axis("round") | ticks, "yaxis": axis(f"latency ({unit})")}
-    alt = f"{len(known)} rounds of the promise loop; the table beside it holds the numbers."
+    ticks = {"tickvals": place, "ticktext": [tick(e) for e in known], "range": [-0.6, len(place) - 0.4]}
+    ticks |= {"showgrid": False, "zeroline": False}
+    title = metric.replace("_", " ")
+    axes = {"xaxis": axis("round") | ticks, "yaxis": axis(f"{title} ({shown})" if shown else title)}
+    alt = f"{len(known)} rounds of the promise loop, {plain(title)}; the table beside it holds the numbers."
     return Figure(alt, traces, axes, 320)
 
 
@@ -209,7 +230,8 @@ def _curves(epochs: list[Event], keys: dict[str, str], x: str) -> list[dict[str,
         mine = [e for e in epochs if key in e]
         values = [number(e[key]) for e in mine]
         if any(value is not None for value in values):
-            traces.append(_line([e[x] for e in mine], values, name, {}) | _look(index))
+            line = _line([e[x] for e in mine], values, name, {}) | _look(index)
+            traces.append(line | {"mode": "lines+markers" if len(mine) == 1 else "lines"})  # a lone point is no line
     return traces
 
 
@@ -218,7 +240,8 @@ def _line(x: list[Any], y: list[Any], name: str, line: dict[str, Any]) -> dict[s
 
 
 def _look(index: int) -> dict[str, Any]:
-    line = {"color": COLOURS[index % len(COLOURS)], "dash": DASHES[index % len(DASHES)], "width": 2}
+    dash = index + index // len(COLOURS)  # the seventh has the first colour again, with another dash
+    line = {"color": COLOURS[index % len(COLOURS)], "dash": DASHES[dash % len(DASHES)], "width": 2}
     return {"line": line, "hovertemplate": "epoch %{x}: %{y:.4~g}"}
 
 

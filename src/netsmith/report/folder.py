@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import dataclass, field
 from math import isfinite
@@ -11,15 +12,30 @@ from typing import Any
 
 from netsmith.errors import UserError
 from netsmith.report.networks import found, pick
+from netsmith.run import read_events
 
 KEYS = {
-    "search_epoch": ("epoch",),
-    "removed": ("path", "option"),
+    "search_epoch": ("search", "epoch"),
+    "removed": ("search", "path", "option"),
     "train_epoch": ("which", "epoch"),
-    "promise_round": ("limit", "round"),
-    "gate": ("time",),
+    "promise_round": ("name", "metric", "limit", "round"),
+    "gate": ("which",),
 }
 """Kinds of events the page draws, and what makes two of them the same event: a resumed run repeats some."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """What one supernet logged: a method may train several, a warm-up or one per budget."""
+
+    name: str
+    epochs: list[dict[str, Any]]
+    removed: list[dict[str, Any]]
+
+    @property
+    def learned(self) -> bool:
+        """Whether it chose among options; a warm-up trains weights only."""
+        return any("search_loss" in epoch for epoch in self.epochs)
 
 
 @dataclass(frozen=True)
@@ -30,14 +46,24 @@ class Folder:
     label: str
     result: dict[str, Any]
     events: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    unreadable: int = 0
-    """Lines of events.jsonl that are not JSON objects (a killed run may leave half a line)."""
     problem: str | None = None
     """The text of problem.yaml."""
 
     @property
     def found(self) -> list[dict[str, Any]]:
         return found(self.result)
+
+    @property
+    def searches(self) -> list[Search]:
+        """What the method searched, each supernet by itself."""
+        made: dict[str, Search] = {}
+        for epoch in self.events["search_epoch"]:
+            name = str(epoch.get("search", ""))
+            made.setdefault(name, Search(name, [], [])).epochs.append(epoch)
+        for event in self.events["removed"]:
+            if (name := str(event.get("search", ""))) in made:
+                made[name].removed.append(event)
+        return list(made.values())
 
     @property
     def kept(self) -> bool | None:
@@ -63,13 +89,13 @@ def read(path: Path, label: str | None = None) -> Folder:
     """Read a run folder.
 
     Raises:
-        UserError: `result.json` is missing or cannot be read.
+        UserError: `result.json` is missing, or that or `events.jsonl` cannot be read.
     """
     result = _result(path / "result.json")
-    events, unreadable = _events(path / "events.jsonl")
+    events = _events(path, str(pick(result, "method")))
     problem = path / "problem.yaml"
     text = problem.read_text("utf-8", errors="replace") if problem.is_file() else None
-    return Folder(path, label or path.resolve().name, result, events, unreadable, text)
+    return Folder(path, label or path.resolve().name, result, events, text)
 
 
 def _result(path: Path) -> dict[str, Any]:
@@ -88,26 +114,36 @@ def _result(path: Path) -> dict[str, Any]:
     return clean(result)
 
 
-def _events(path: Path) -> tuple[dict[str, list[dict[str, Any]]], int]:
-    """Events by kind, in order; of repeated ones (same epoch again after a resume) the last."""
+def _events(path: Path, method: str) -> dict[str, list[dict[str, Any]]]:
+    """Events by kind, in order, of the networks that the method found; of repeated ones the last.
+
+    Baselines search and keep promises too, under their own names and after the method; only their training is drawn.
+    """
+    file = path / "events.jsonl"
+    try:
+        events = [event for event in clean(read_events(path)) if isinstance(event, dict)]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # JSON that is none, or no UTF-8
+        raise UserError(f"{file} is damaged: it holds a line that is not JSON") from error
+    rounds = [i for i, event in enumerate(events) if event.get("kind") == "promise_round" and _own(event, method)]
     kinds: dict[str, dict[Any, dict[str, Any]]] = {kind: {} for kind in KEYS}
-    unreadable = 0
-    if path.is_file():
-        # not splitlines(): it also cuts at characters that JSON allows inside a string
-        for line in filter(str.strip, path.read_text("utf-8", errors="replace").split("\n")):
-            try:
-                event = json.loads(line)
-            except json.JSONDecodeError:
-                event = None
-            if not isinstance(event, dict):
-                unreadable += 1
-                continue
-            kind = event.get("kind")
-            if isinstance(kind, str) and kind in kinds:
-                key = tuple(repr(event.get(name)) for name in KEYS[kind])
-                kinds[kind].pop(key, None)  # the repetition stands where it was repeated
-                kinds[kind][key] = clean(event)
-    return {kind: list(events.values()) for kind, events in kinds.items()}, unreadable
+    for i, event in enumerate(events):
+        kind = event.get("kind")
+        if not isinstance(kind, str) or kind not in kinds or not _own(event, method):
+            continue
+        if kind in ("search_epoch", "removed") and rounds and i > rounds[-1]:
+            continue  # a baseline's: the method had searched before its last round
+        key = tuple(repr(event.get(name)) for name in KEYS[kind])
+        kinds[kind].pop(key, None)  # the repetition stands where it was repeated
+        kinds[kind][key] = event
+    return {kind: list(events.values()) for kind, events in kinds.items()}
+
+
+def _own(event: dict[str, Any], method: str) -> bool:
+    """Whether a promise round or a gate is about a network found, not about a baseline or the reference."""
+    name, stem = {"promise_round": ("name", method), "gate": ("which", "found")}.get(str(event.get("kind")), ("", ""))
+    return not name or re.fullmatch(rf"{re.escape(stem)}-\d+", str(event.get(name))) is not None
 
 
 def clean(data: Any) -> Any:

@@ -9,6 +9,17 @@ from typing import Any
 from netsmith.report.numbers import count, limit, milliseconds, number, quality, size
 
 COSTS = {"latency": milliseconds, "params": count, "macs": count, "file_bytes": size, "peak_memory_bytes": size}
+NAMES = {"file": "file_bytes", "peak_memory": "peak_memory_bytes"}
+"""Costs that a budget calls by another name."""
+
+AS_GOOD = {
+    "latency": "as fast",
+    "params": "with as few parameters",
+    "macs": "with as few MACs",
+    "file": "with as small a file",
+    "peak_memory": "with as little memory",
+}
+"""What a network is that takes no more of a budget's metric than another."""
 
 
 def pick(data: Any, *keys: str) -> Any:
@@ -30,6 +41,11 @@ def found(result: dict[str, Any]) -> list[dict[str, Any]]:
         return [result]
     shared = {key: value for key, value in result.items() if key != "front"}
     return [{**shared, **member} for member in items(result, "front")]
+
+
+def budgeted(result: dict[str, Any]) -> dict[str, str]:
+    """What the budgets limit, with its unit: {"latency": "ms"}."""
+    return {str(b.get("metric")): str(b.get("unit") or "") for f in found(result) for b in items(f, "budgets")}
 
 
 def asked(result: dict[str, Any]) -> str:
@@ -68,8 +84,13 @@ class Network:
         return cost(self.data, name)
 
     @property
+    def predicted(self) -> bool:
+        return predicted(self.data)
+
+    @property
     def sentence(self) -> str:
-        return f"{self.name}: {quality(self.metric, self.score)} at {milliseconds(self.cost('latency'))}"
+        said = " (predicted)" if self.predicted else ""
+        return f"{self.name}: {quality(self.metric, self.score)} at {milliseconds(self.cost('latency'))}{said}"
 
 
 def score(data: Any) -> float | None:
@@ -79,8 +100,16 @@ def score(data: Any) -> float | None:
 
 
 def cost(data: Any, name: str) -> float | None:
-    """A measured cost; latency is the median in ms."""
-    return number(pick(data, "cost", "latency_ms", "median") if name == "latency" else pick(data, "cost", name))
+    """A measured cost; latency is the median in ms, or the prediction of a table, where nothing runs."""
+    if name != "latency":
+        return number(pick(data, "cost", name))
+    return number(pick(data, "cost", "latency_ms", "predicted" if predicted(data) else "median"))
+
+
+def predicted(data: Any) -> bool:
+    """Whether the latency is known only as predicted."""
+    times = pick(data, "cost", "latency_ms")
+    return number(pick(times, "median")) is None and number(pick(times, "predicted")) is not None
 
 
 def networks(result: dict[str, Any], label: str = "found") -> list[Network]:
@@ -116,7 +145,8 @@ def mean(group: list[Network]) -> Network:
         return fmean(known) if known else None
 
     costs: dict[str, Any] = {name: average([n.cost(name) for n in group]) for name in COSTS if name != "latency"}
-    costs["latency_ms"] = {"median": average([n.cost("latency") for n in group])}
+    clock = "predicted" if any(n.predicted for n in group) else "median"
+    costs["latency_ms"] = {clock: average([n.cost("latency") for n in group])}
     scores = [n.score for n in group if n.score is not None]
     data = {"metric": {"test": average([n.score for n in group])}, "cost": costs}
     first = group[0]
@@ -132,23 +162,37 @@ def merged(baselines: list[Network]) -> list[Network]:
 
 def rivals(mine: list[Network], baselines: list[Network]) -> list[str]:
     """Which baselines do as well as what was found, plainly: a search that does not beat chance must say so."""
-    judged = [n for n in mine if n.score is not None and n.cost("latency") is not None]
-    if not judged or not any(b.score is not None and b.cost("latency") is not None for b in baselines):
-        return []
-    sentences = []
-    for network in judged:
-        equal = [rival.name for rival in baselines if _as_good(rival, network)]
+    sentences: list[str] = []
+    compared: dict[str, None] = {}
+    for network in mine:
+        metrics = list(budgeted(network.data)) or ["latency"]
+        if not _known(network, metrics) or not any(_known(rival, metrics) for rival in baselines):
+            continue
+        compared |= dict.fromkeys(metrics)
+        equal = [rival.name for rival in baselines if _known(rival, metrics) and _as_good(rival, network, metrics)]
         total = [rival.name for rival in baselines]
         counts = {name: f"{equal.count(name)} of {total.count(name)}" for name in dict.fromkeys(equal)}
         listed = ", ".join(name if total.count(name) == 1 else f"{name} ({n})" for name, n in counts.items())
         if listed:
-            sentences.append(f"{network.name} does not beat {listed}: as good and as fast.")
-    return sentences or ["No baseline is both as good and as fast as what was found."]
+            sentences.append(f"{network.name} does not beat {listed}: {_words(metrics)}.")
+    if sentences or not compared:
+        return sentences
+    both = "both " if len(compared) == 1 else ""
+    return [f"No baseline is {both}{_words(list(compared))} as what was found."]
 
 
-def _as_good(rival: Network, network: Network) -> bool:
-    """Whether the rival scores no less and is no slower than the network's interval reaches."""
-    score, latency = rival.score, rival.cost("latency")
-    if score is None or latency is None:
-        return False
-    return score >= (network.score or 0) and latency <= max(network.cost("latency") or 0, network.interval[1] or 0)
+def _words(metrics: list[str]) -> str:
+    words = ["as good", *(AS_GOOD.get(metric, f"with as little {metric}") for metric in metrics)]
+    return f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def _known(network: Network, metrics: list[str]) -> bool:
+    return network.score is not None and all(network.cost(NAMES.get(m, m)) is not None for m in metrics)
+
+
+def _as_good(rival: Network, network: Network, metrics: list[str]) -> bool:
+    """Whether the rival scores no less and takes no more of what has a budget; of latency, than the interval allows."""
+    pairs = [(rival.cost(NAMES.get(m, m)) or 0, network.cost(NAMES.get(m, m)) or 0) for m in metrics]
+    ends = [network.interval[1] or 0 if m == "latency" else 0 for m in metrics]
+    within = all(theirs <= max(own, end) for (theirs, own), end in zip(pairs, ends, strict=True))
+    return within and (rival.score or 0) >= (network.score or 0)

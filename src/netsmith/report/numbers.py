@@ -18,6 +18,16 @@ _COUNTS = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 _BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
 
 
+def scale(value: float, unit: str) -> tuple[float, str]:
+    """What to multiply numbers up to this one with, and the unit that gives.
+
+    >>> scale(50_000, ""), scale(256_000, "B")
+    ((0.001, 'k'), (0.001, 'kB'))
+    """
+    step, name = _step(value, _steps(unit))
+    return 1 / step, name
+
+
 def number(value: Any) -> float | None:
     """The value if it is a finite number, else None: a run may have recorded null, NaN or nothing."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not isfinite(value):
@@ -34,6 +44,12 @@ def significant(value: float, digits: int = 3) -> str:
     if value == 0:
         return "0"
     return f"{value:.{max(0, digits - 1 - floor(log10(abs(value))))}f}"
+
+
+def _steps(unit: str) -> tuple[tuple[float, str], ...]:
+    if unit == "ms":
+        return _TIMES
+    return _BYTES if unit.lower() in ("b", "byte", "bytes") else _COUNTS
 
 
 def _step(value: float, steps: tuple[tuple[float, str], ...]) -> tuple[float, str]:
@@ -139,12 +155,9 @@ def limit(value: Any, unit: str) -> str:
 
 def quantity(value: Any, unit: str) -> str:
     """A budget's number in its unit ("ms", "bytes", "MACs", ...)."""
-    if unit == "ms":
-        return milliseconds(value)
-    if unit.lower() in ("b", "byte", "bytes"):
-        return size(value)
-    text = count(value)
-    return text if text == DASH or unit in ("", "params", "parameters") else f"{text} {unit}"
+    steps = _steps(unit)
+    text = _scaled(value, steps)
+    return text if steps is not _COUNTS or text == DASH or unit in ("", "params", "parameters") else f"{text} {unit}"
 
 
 def short(paths: Sequence[str]) -> list[str]:

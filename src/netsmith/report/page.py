@@ -5,7 +5,6 @@ plotly's script is embedded once (4.7 MB) and the page forbids itself the networ
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 from netsmith.errors import UserError
 from netsmith.report import drawing, figures, heat, numbers
-from netsmith.report.folder import Folder, read
-from netsmith.report.networks import Network, asked, cost, items, mean, merged, metric_name, networks, pick, rivals
+from netsmith.report.folder import Folder, Search, read
+from netsmith.report.networks import (
+    Network,
+    asked,
+    budgeted,
+    cost,
+    items,
+    mean,
+    merged,
+    metric_name,
+    networks,
+    pick,
+    predicted,
+    rivals,
+)
 from netsmith.report.table import arrange, columns
+from netsmith.run import atomically
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -32,12 +45,14 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         `out`.
 
     Raises:
-        UserError: no run was given, or a `result.json` is missing or cannot be read.
+        UserError: no run was given, a `result.json` is missing or cannot be read, or `out` cannot be written.
     """
     from plotly.offline import get_plotlyjs
 
     if not runs:
         raise UserError("no run folder was given; name at least one, such as runs/x")
+    if out.is_dir():
+        raise UserError(f"{out} cannot be written: it is a folder; give a file, such as {out / 'report.html'}")
     folders = [read(path, label) for path, label in zip(runs, _labels(runs), strict=True)]
     gallery = Gallery()
     groups = [_group(folders, members, gallery) for members in _comparable(folders)]
@@ -51,10 +66,12 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
         figures=[figures.unpack(figure) for figure in gallery.figures],
         plotly=get_plotlyjs(),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    draft = out.with_name(out.name + ".part")
-    draft.write_text(text, "utf-8")
-    os.replace(draft, out)  # a report being read is never half a report
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written: {error.strerror}") from error
+    with atomically(out) as draft:  # a report being read is never half a report
+        draft.write_text(text, "utf-8")
     return out
 
 
@@ -140,6 +157,7 @@ def _group(every: list[Folder], members: list[Folder], gallery: Gallery) -> dict
         "rivals": rivals(mine, baselines),
         "pareto": gallery.hang(figures.pareto(references + mine + baselines, metric)),
         "missing": len(listed) - len(known),
+        "predicted": any(n.predicted for n in listed),
     }
 
 
@@ -160,29 +178,58 @@ def _seeds(mine: list[Network]) -> list[list[Network]]:
 
 def _section(folder: Folder, gallery: Gallery) -> dict[str, Any]:
     """Everything about one run, in the page's order."""
-    epochs, trained, members = folder.events["search_epoch"], folder.events["train_epoch"], folder.found
+    trained, members, searches = folder.events["train_epoch"], folder.found, folder.searches
+    learned = [search for search in searches if search.learned] or searches
     metric = metric_name(folder.result)
     kinds = list(dict.fromkeys(drawing.kind(layer) for member in members for layer in items(member, "layers")))
-    maps = heat.choices(epochs, members)
-    sure = heat.certainty(epochs, folder.events["removed"])
+    rounds, limited = _rounds(folder), budgeted(folder.result)
     return {
         "folder": folder,
         "facts": {key: pick(folder.result, key) for key in ("method", "space", "task", "seed")},
-        "certainty": gallery.hang(sure),
-        "choices": [gallery.hang(figure) for figure in maps],
-        "brackets": drawing.brackets(epochs),
-        "narrowed": drawing.narrowed(epochs),
-        "losses": gallery.hang(figures.losses(epochs)),
-        "expected": gallery.hang(figures.expected(epochs)),
+        "searches": [_search(search, members, gallery) for search in learned],
+        "losses": gallery.hang(figures.losses([(search.name, search.epochs) for search in searches])),
+        "expected": [
+            (search.name if len(learned) > 1 else "", gallery.hang(figure))
+            for search in learned
+            if (figure := figures.expected(search.epochs))
+        ],
         "members": [_member(member, kinds, gallery) for member in members],
         "several": len(members) > 1,
-        "rounds": gallery.hang(figures.rounds(folder.events["promise_round"])),
-        "round_rows": folder.events["promise_round"],
+        "rounds": [
+            gallery.hang(figure)
+            for metric in dict.fromkeys(metric for metric, _ in rounds)
+            if (figure := figures.rounds([r for m, r in rounds if m == metric], metric, limited.get(metric, "")))
+        ],
+        "round_rows": [(metric, limited.get(metric, ""), event) for metric, event in rounds],
+        "predicted": any(map(predicted, members)),
         "training": [gallery.hang(figures.training(trained, key, metric)) for key in ("loss", "accuracy")],
         "metric": metric,
         "gates": folder.events["gate"],
         "versions": pick(folder.result, "device", "versions"),
         "command": folder.command,
+    }
+
+
+def _rounds(folder: Folder) -> list[tuple[str, dict[str, Any]]]:
+    """The rounds of the promise loop, each with its metric."""
+    unmeasured = any(map(predicted, folder.found))
+    rounds = [(str(event.get("metric", "latency")), event) for event in folder.events["promise_round"]]
+    # where nothing runs, the loop's event repeats the prediction
+    return [(m, e | {"measured": None} if unmeasured and m == "latency" else e) for m, e in rounds]
+
+
+def _search(search: Search, members: list[dict[str, Any]], gallery: Gallery) -> dict[str, Any]:
+    """How one supernet made up its mind, and what came of it."""
+    # a method that searches once per budget numbers its searches as its budgets: prune-1 led to the second network
+    last = search.name.rpartition("-")[2]
+    own = members[int(last) :][:1] if last.isdecimal() and int(last) < len(members) else members
+    sure = heat.certainty(search.epochs, search.removed)
+    return {
+        "name": search.name + (f" ({asked(own[0])})" if len(own) < len(members) and asked(own[0]) else ""),
+        "certainty": gallery.hang(sure),
+        "choices": [gallery.hang(figure) for figure in heat.choices(search.epochs, own)],
+        "brackets": drawing.brackets(search.epochs),
+        "narrowed": drawing.narrowed(search.epochs),
     }
 
 
@@ -195,6 +242,7 @@ def _member(member: dict[str, Any], kinds: list[str], gallery: Gallery) -> dict[
         "title": asked(member),
         "latency": gallery.hang(figures.layers(layers)),
         "latency_ms": cost(member, "latency"),
+        "predicted": predicted(member),
         "layers": layers,
         "blocks": drawn,
         "kinds": list(dict.fromkeys((block.kind, block.colour) for block in drawn)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from netsmith.report.networks import COSTS, Network, cost, found, items, merged, networks, score
+from netsmith.report.networks import COSTS, NAMES, Network, budgeted, cost, merged, networks, score
 from netsmith.report.numbers import DASH, interval, is_share, quality
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def rows(result: dict[str, Any]) -> list[Row]:
 
 def columns(results: list[dict[str, Any]]) -> list[str]:
     """Which costs the table shows; peak memory only where a budget asked for it."""
-    budgets = {str(b.get("metric")) for result in results for f in found(result) for b in items(f, "budgets")}
-    return [name for name in COSTS if name != "peak_memory_bytes" or "peak_memory" in budgets]
+    limited = {NAMES.get(metric, metric) for result in results for metric in budgeted(result)}
+    return [name for name in COSTS if name != "peak_memory_bytes" or name in limited]
 
 
 def arrange(listed: list[Network], costs: list[str]) -> list[Row]:
@@ -75,7 +75,7 @@ def _cost(network: Network, name: str) -> Cell:
     if network.kind != "reference" and value is not None and before:
         ratio = value / before
         relative = f"{ratio:.2f}×" if ratio >= 0.1 else f"{ratio:.2g}×"
-    detail = interval(*network.interval) if name == "latency" else ""
+    detail = "" if name != "latency" else "predicted" if network.predicted else interval(*network.interval)
     return Cell(TITLES[name], COSTS[name](value), relative, detail)
 
 
@@ -89,7 +89,9 @@ def table(result: dict[str, Any]) -> Table:
     from rich.text import Text
 
     listed = rows(result)
-    sheet = Table(caption="second line: latency interval (95 %), and relative to the reference", caption_justify="left")
+    predicted = any(row.network.predicted for row in listed)
+    clock = "latency as predicted by a table" if predicted else "latency interval (95 %)"
+    sheet = Table(caption=f"second line: {clock}, and relative to the reference", caption_justify="left")
     sheet.add_column("network")
     for cell in listed[0].cells if listed else []:
         sheet.add_column(cell.title, justify="right", no_wrap=True)

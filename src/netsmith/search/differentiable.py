@@ -200,8 +200,9 @@ class _Loop:
         return total / len(batches)
 
     def _batches(self, split: str, seed: int):
-        batch = self.steps.batch_size or self.problem.recipe.batch_size
-        return self.problem.task.batches(split, batch, train=True, seed=seed, epoch=self.epoch)
+        recipe = self.problem.recipe
+        batch = self.steps.batch_size or recipe.batch_size
+        return self.problem.task.batches(split, batch, train=True, seed=seed, epoch=self.epoch, mirror=recipe.mirror)
 
     def _progress(self, part: float) -> float:
         length = max(1, self.steps.epochs - self.steps.warmup_epochs)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import geometric_mean
 
 import torch
 from torch import nn
@@ -29,8 +28,8 @@ ENOUGH = 0.95
 """Share of the limit from which a kept network is good enough to stop."""
 CLOSE = 0.97
 """Share of the limit from which a time that keeps it is taken twice, and the slower one counts."""
-PATIENCE = 3
-"""Rounds after which any network that keeps its budgets will do."""
+PATIENCE, NEARLY = 3, 0.9
+"""Rounds after which a network that uses this share of a limit will do."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +80,8 @@ def _keep(
     scale = {budget.metric: AIM if _measurable(budget, time_file) else 1.0 for budget in budgets}
     best: Kept | None = None
     previous: Architecture = {}
-    ratios: dict[str, list[float]] = {budget.metric: [] for budget in budgets}
-    worst, measurings, was_broken = "", 0, False
+    points: dict[str, list[tuple[float, float]]] = {budget.metric: [] for budget in budgets}
+    worst, measurings = "", 0
     for number in range(1, rounds + 1):
         try:
             architecture = problem.allocate(values, budgets, scale)
@@ -112,20 +111,35 @@ def _keep(
             )
         if not broken and (best is None or _use(budgets, measured) > _use(budgets, best.measured)):
             best = Kept(architecture, predicted, measured, number)
-        if (not broken and _use(budgets, measured) >= enough) or (best and number >= PATIENCE):
+        if not broken and _use(budgets, measured) >= enough:
             break
-        swung, was_broken = number > 1 and bool(broken) != was_broken, bool(broken)
+        if best and number >= PATIENCE and _use(budgets, best.measured) >= NEARLY:
+            break
         for b in budgets:
             if _measurable(b, time_file):
-                ratios[b.metric].append(predicted[b.metric] / measured[b.metric])
-                # Networks differ in how wrong the table is about them: after one on each side of the limit, the mean.
-                scale[b.metric] = AIM * geometric_mean(ratios[b.metric][-2 if swung else -1 :])
+                points[b.metric].append((predicted[b.metric], measured[b.metric]))
+                scale[b.metric] = _corrected(points[b.metric], b.limit)
         if broken:
             b = broken[0]
             worst = f"{b} was measured at {show(measured[b.metric], b.unit)}"
     if best is None:
         raise PromiseBroken(f"no exported network kept its budget in {measurings} rounds: {worst}")
     return Kept(best.architecture, best.predicted, best.measured, measurings)
+
+
+def _corrected(points: Sequence[tuple[float, float]], limit: float) -> float:
+    """The share of the limit to ask the table for next, from (predicted, measured) of the rounds so far.
+
+    With a round on each side of the limit, by interpolation between the nearest two: what the table is wrong by need
+    not be in proportion. Otherwise in proportion to the last round.
+    """
+    kept = max((point for point in points if point[1] <= limit), default=None)
+    broken = min((point for point in points if point[1] > limit), default=None)
+    if kept and broken and kept[0] < broken[0]:
+        way = (AIM * limit - kept[1]) / (broken[1] - kept[1])
+        return (kept[0] + way * (broken[0] - kept[0])) / limit
+    predicted, measured = points[-1]
+    return AIM * predicted / measured
 
 
 def export_untrained(problem: Problem, architecture: Architecture, path: Path) -> Path:

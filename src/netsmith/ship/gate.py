@@ -54,7 +54,7 @@ class Verdict:
     latency: Measurement | None
     predicted_ms: float | None
     relative: dict[str, float]
-    """The same costs as shares of the reference's."""
+    """The same costs as shares of the reference's, as `gate` was given them."""
     layers: list[Layer] = field(repr=False)
 
     def enforce(self) -> None:
@@ -148,7 +148,7 @@ def gate(
     timed = device if runs and layer_seconds > 0 else None
     return Verdict(
         kept=kept,
-        sentence=_sentence(kept, judged, agreement, measured, relative),
+        sentence=_sentence(kept, judged, agreement, measured),
         metric=task.metric,
         agreement=agreement,
         budgets=judged,
@@ -215,14 +215,12 @@ def _judge(
     return Judged(budget.metric, limit, budget.unit, value, kept, text)
 
 
-def _sentence(
-    kept: bool,
-    judged: list[Judged],
-    agreement: Agreement,
-    measured: Measurement | None,
-    relative: dict[str, float],
-) -> str:
-    """Broken promises first."""
+def _sentence(kept: bool, judged: list[Judged], agreement: Agreement, measured: Measurement | None) -> str:
+    """Broken promises first.
+
+    Without shares of the reference: it is measured again once it is trained, a percent or two apart. The limit holds
+    for the first time; the report's table gives shares of the second, which stands beside them.
+    """
     parts = [budget.text for budget in judged if not budget.kept]
     if not agreement.holds:
         parts.insert(0, f"the file's outputs differ from PyTorch's by {agreement.max_abs_diff:.2g}, "
@@ -233,8 +231,6 @@ def _sentence(
     parts += held
     if measured is not None and not measured.settled:
         parts.append("the machine was too busy for a narrow interval")
-    if "latency" in relative:
-        parts.append(f"{relative['latency']:.2f}x the reference's latency")
     scores = f"{_percent(agreement.accuracy_exported)} through the file, {_percent(agreement.accuracy)} in PyTorch"
     return f"{'kept' if kept else 'broken'}: {'; '.join([*parts, scores])}"
 

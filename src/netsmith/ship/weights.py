@@ -31,12 +31,12 @@ def save(folder: Path, network: nn.Module, architecture: dict[str, Option]) -> N
 
     The space is not written: it stands in the run's `problem.yaml`, in ``folder`` or up to two folders above.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialised
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
     with atomically(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary)
+        temporary.write_bytes(serialised(tensors))
     with atomically(folder / ARCHITECTURE) as temporary:
         temporary.write_text(architectures.dumps(architecture) + "\n")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from netsmith.errors import unknown
+from netsmith.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,15 +26,24 @@ SPACES = {
 def open_space(name: str, **options: Any) -> nn.Module:
     """The supernet of that name; ``options`` are the arguments of its function.
 
-    Raises: UserError for an unknown name or option.
+    Raises: UserError for an unknown name or option, and for a value that an option does not allow.
 
     >>> open_space("fbnet", classes=10, channels=1)
     """
+    from pydantic import TypeAdapter, ValidationError
+
     known = space_defaults(name)
-    for option in options:
+    function = _function(name)
+    kinds = get_type_hints(function, include_extras=True)
+    for option, value in options.items():
         if option not in known:
             raise unknown(f"option of space {name!r}:", option, known)
-    return _function(name)(**options)
+        try:
+            TypeAdapter(kinds[option]).validate_json(json.dumps(value), strict=True)
+        except ValidationError as errors:
+            said = errors.errors()[0]["msg"].removeprefix("Input ")
+            raise UserError(f"space_options.{option} is {value!r}; it {said}") from None
+    return function(**options)
 
 
 def space_defaults(name: str) -> dict[str, Any]:

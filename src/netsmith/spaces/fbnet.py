@@ -7,7 +7,9 @@ AnnaAraslanova/FBNet (`fbnet_modeldef.py`).
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Annotated
 
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from netsmith.blocks.mobile import ConvBn, Head, MBConv
@@ -49,13 +51,13 @@ RELEASED = {
 
 
 def fbnet(
-    classes: int = 1000,
-    channels: int = 3,
-    resolution: int = 224,
+    classes: PositiveInt = 1000,
+    channels: PositiveInt = 3,
+    resolution: PositiveInt = 224,
     *,
-    head: int = 1984,
+    head: PositiveInt = 1984,
     expand_e1: bool = True,
-    dropout: float = 0.2,
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2,
 ) -> nn.Module:
     """The supernet: decisions ``layer1`` to ``layer22``; skip is offered only where the shape does not change.
 

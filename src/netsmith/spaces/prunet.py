@@ -8,7 +8,9 @@ paper's own table of the space is not known, so the union is our reading.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Annotated
 
+from pydantic import Field, PositiveInt
 from torch import nn
 
 from netsmith.blocks.mobile import ConvBn, Head, MBConv
@@ -39,14 +41,14 @@ RELEASED = {
 
 
 def prunet(
-    classes: int = 1000,
-    channels: int = 3,
-    resolution: int = 224,
+    classes: PositiveInt = 1000,
+    channels: PositiveInt = 3,
+    resolution: PositiveInt = 224,
     *,
-    step: int = 32,
-    kernels: tuple[int, ...] = (3, 5),
-    dropout: float = 0.2,
-    drop_path: float = 0.0,
+    step: PositiveInt = 32,
+    kernels: tuple[PositiveInt, ...] = (3, 5),
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2,
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0,
 ) -> nn.Module:
     """The supernet: decisions ``stageS.L`` (kernel or skip) and ``stageS.L.kK.hidden`` (width).
 

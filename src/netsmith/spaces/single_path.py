@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
+from pydantic import PositiveInt
 from torch import nn
 
 from netsmith.blocks.mobile import ConvBn, Head, MBConv
@@ -19,7 +20,7 @@ STAGES = ((24, 2), (40, 2), (80, 2), (96, 1), (192, 2))
 """Channels and stride of the first layer; the first stage takes 16 channels at a quarter of the pixels."""
 
 
-def single_path(classes: int = 1000, channels: int = 3, resolution: int = 224) -> nn.Module:
+def single_path(classes: PositiveInt = 1000, channels: PositiveInt = 3, resolution: PositiveInt = 224) -> nn.Module:
     """Blocks are kernel 3 or 5 with expansion 3 or 6, as in the table; a layer that keeps the shape may be skipped."""
     if resolution < 64:
         raise UserError(f"the space single_path needs 64 px; given: {resolution} px")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 
+from pydantic import PositiveInt
 from torch import nn
 
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
@@ -22,13 +23,13 @@ Candidates = Callable[[int, int, int], dict[str, nn.Module]]
 
 
 def prunet_small(
-    classes: int = 10,
-    channels: int = 3,
-    resolution: int = 32,
+    classes: PositiveInt = 10,
+    channels: PositiveInt = 3,
+    resolution: PositiveInt = 32,
     *,
-    step: int | None = None,
-    expansion: int = 6,
-    depth: int | None = None,
+    step: PositiveInt | None = None,
+    expansion: PositiveInt = 6,
+    depth: PositiveInt | None = None,
 ) -> nn.Module:
     """PruNet's kind of layer on small images: four blocks, each with an open hidden width.
 
@@ -52,7 +53,13 @@ def prunet_small(
     return _space(classes, channels, resolution, depth, candidates)
 
 
-def fbnet_small(classes: int = 10, channels: int = 3, resolution: int = 32, *, depth: int | None = None) -> nn.Module:
+def fbnet_small(
+    classes: PositiveInt = 10,
+    channels: PositiveInt = 3,
+    resolution: PositiveInt = 32,
+    *,
+    depth: PositiveInt | None = None,
+) -> nn.Module:
     """FBNet's kind of layer on small images: eight fixed blocks and skip."""
 
     def candidates(inputs: int, outputs: int, stride: int) -> dict[str, nn.Module]:

@@ -1,7 +1,7 @@
 """Image classification: named splits of real images, batches of them, top-1 accuracy as the metric.
 
 Weights learn on `train`, architectures on `search` (cut out of the training images), the final network on `trainval`
-(both together); `test` belongs to the gate. `val` exists where the data come with one; nothing here learns from it.
+(both together); `test` belongs to the gate. `val` exists where the data come with one and a test split; it is not used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from netsmith.errors import UserError, unknown
 from netsmith.tasks import TASKS, augment, files
-from netsmith.tasks.folder import FolderImages, find_images
+from netsmith.tasks.folder import FolderImages, ImageFile, find_images, fingerprint
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGE = 64
@@ -67,6 +67,8 @@ class Task:
     splits: dict[str, Split] = field(repr=False)
     flip: bool = True
     """Whether a mirrored image keeps its class."""
+    fingerprint: str = ""
+    """A digest of which images there are, where that may change: in a folder."""
     metric: str = "accuracy"
     touched: set[str] = field(default_factory=set, repr=False)
     """The names of the splits handed out so far, by this task and all views of it."""
@@ -101,31 +103,30 @@ class Task:
         train: bool,
         seed: int = 0,
         epoch: int = 0,
-        start: int = 0,
         randaugment: int = 0,
+        mirror: bool | None = None,
         device: str | torch.device = "cpu",
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of `split`: images float32 `(n, C, H, W)` in channels-last memory, labels int64 `(n,)`.
 
         With `train` the images are shuffled and augmented, by draws that depend on seed, epoch and batch number alone;
         the global generator is left as it was. Batches are as equal as they can be, `batch_size` or just less, so that
-        none is too small for batch norm. `randaugment` is RandAugment's magnitude, 0 for none;
-        `start` is the number of the first batch wanted.
+        none is too small for batch norm. `randaugment` is RandAugment's magnitude, 0 for none; `mirror` says whether
+        half of the images are mirrored, None: as `flip` says.
         """
         images = self.split(split)
+        flip = self.flip if mirror is None else mirror
         count = steps(len(images), batch_size)
         order = torch.randperm(len(images), generator=_generator(seed, epoch)) if train else torch.arange(len(images))
         for number, chosen in enumerate(order.tensor_split(count)):
-            if number < start:
-                continue
             pixels, labels = images[chosen]
             pixels, labels = pixels.to(device), labels.to(device)
             if train:
                 generator = _generator(seed, epoch, number)
                 if self.resolution >= LARGE:
-                    pixels = augment.crop_and_flip(pixels, self.resolution, self.flip, generator)
+                    pixels = augment.crop_and_flip(pixels, self.resolution, flip, generator)
                 else:
-                    pixels = augment.shift_and_flip(pixels, max(1, self.resolution // 8), self.flip, generator)
+                    pixels = augment.shift_and_flip(pixels, max(1, self.resolution // 8), flip, generator)
                 if randaugment:
                     pixels = augment.randaugment(pixels, randaugment, generator)
             yield self.normalise(pixels), labels
@@ -154,6 +155,12 @@ def open_task(
     beside the current directory or the repository). `resolution`: pixels a side (default: the set's own; 128 for
     folders). `seed` draws the search split and the subset; the test split never depends on it. `limit`: learn from
     that many of the training images, search split included. Splits and subsets keep the proportions of the classes.
+
+    The test split of a folder is its test/, and a val/ beside that is not used; without test/ it is val/; with train/
+    alone or no splits at all, about a fifth of each class. What is cut off, here and for the search split, is chosen by
+    a hash of each image's path: images that come or go leave the others where they were. Every image of a folder is
+    decoded before the task is returned.
+
     Raises `UserError` when the name is unknown or files are missing or damaged.
     """
     if resolution is not None and not 4 <= resolution <= 2048:
@@ -174,7 +181,11 @@ def open_task(
         if not least <= limit <= len(training):
             raise UserError(f"limit {limit} is out of range; {name} allows {least} (5 a class) to {len(training)}")
         training = training.subset(_balanced(training.labels, limit, generator)[0])
-    search, train = _balanced(training.labels, round(search_fraction * len(training)), generator)
+    if isinstance(training.source, FolderImages):
+        files = [training.source.files[number] for number in training.indices.tolist()]
+        search, train = _drawn(files, training.labels, search_fraction, f"search {seed}", keep=1)
+    else:
+        search, train = _balanced(training.labels, round(search_fraction * len(training)), generator)
     task.splits.update(train=training.subset(train), search=training.subset(search), trainval=training)
     return task
 
@@ -237,20 +248,19 @@ def _from_folder(name: str, directory: Path, resolution: int) -> Task:
     found, class_names = find_images(directory)
     # Margin around the crop: an evaluation image is the middle 7/8, as ImageNet's 224 of 256.
     side = round(resolution * 8 / 7) if resolution >= LARGE else resolution
-
-    def split(images: list, labels: list[int]) -> Split:
-        return Split(FolderImages(images, side), torch.arange(len(images)), torch.tensor(labels))
-
-    splits = {key: split(*value) for key, value in found.items()}
-    everything = splits.pop("all", splits.get("train"))
-    assert everything is not None  # find_images saw to it
-    if few := [name for label, name in enumerate(class_names) if (everything.labels == label).sum() < 3]:
-        raise UserError(f"folder:{directory}: class {few[0]!r} has fewer than 3 training images")
+    files = [file for part in found.values() for file in part]
+    number = {class_name: label for label, class_name in enumerate(class_names)}
+    labels = torch.tensor([number[file.parts[0]] for file in files])
+    whole = Split(FolderImages(files, side), torch.arange(len(files)), labels)
+    parts = whole.indices.split([len(part) for part in found.values()])
+    splits = {key: whole.subset(part) for key, part in zip(found, parts, strict=True)}
+    if "test" not in splits and "val" in splits:
+        splits["test"] = splits.pop("val")
     if "test" not in splits:
-        test, train = _balanced(everything.labels, round(0.2 * len(everything)), _generator(0))
-        splits.update(train=everything.subset(train), test=everything.subset(test))
-    # ImageNet's mean and std: the images' own would mean decoding every one before the first batch.
-    mean, std = IMAGENET
+        (key,) = splits  # "all" or "train", the only one
+        test, train = _drawn(files, labels, 0.2, "test", keep=2)
+        splits = {"train": splits[key].subset(train), "test": splits[key].subset(test)}
+    mean, std = IMAGENET  # not the images' own: these stay when an image is added
     return Task(
         name=name,
         class_names=class_names,
@@ -260,6 +270,7 @@ def _from_folder(name: str, directory: Path, resolution: int) -> Task:
         std=std,
         source=str(directory),
         splits=splits,
+        fingerprint=fingerprint(found),
     )
 
 
@@ -279,7 +290,28 @@ def _balanced(labels: Tensor, count: int, generator: torch.Generator) -> tuple[T
             for members, n in zip(of_class, quota.tolist(), strict=True)
         ]
     )
-    rest = torch.ones(len(labels), dtype=torch.bool)
+    return _parted(chosen, len(labels))
+
+
+def _drawn(files: list[ImageFile], labels: Tensor, share: float, purpose: str, *, keep: int) -> tuple[Tensor, Tensor]:
+    """Indices of about `share` of the images, and the rest; both in ascending order.
+
+    Each image is drawn by its own path, whatever the others are. Only where a class would give none, or keep fewer than
+    `keep`, do the numbers drawn by its images say which go first.
+    """
+    draws = torch.tensor([file.draw(purpose) for file in files], dtype=torch.float64)
+    chosen = []
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten()
+        members = members[draws[members].argsort()]
+        below = int((draws[members] < share).sum())
+        chosen.append(members[: min(max(1, below), len(members) - keep)])
+    return _parted(torch.cat(chosen), len(labels))
+
+
+def _parted(chosen: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`chosen` in ascending order, and the others of `count` indices."""
+    rest = torch.ones(count, dtype=torch.bool)
     rest[chosen] = False
     return chosen.sort().values, rest.nonzero().flatten()
 

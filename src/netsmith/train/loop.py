@@ -26,23 +26,6 @@ WINDOW = 50
 """Steps between two looks at the loss: on a GPU a look waits for the result."""
 
 
-@dataclass
-class History:
-    """What happened, a dict for each epoch: epoch (from 1), loss (mean of its steps), learning_rate (the last one),
-    seconds, data_share (part of the seconds spent on making batches), accuracy (with `evaluate_on`)."""
-
-    epochs: list[dict[str, float]] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        return sum(epoch["seconds"] for epoch in self.epochs)
-
-    @property
-    def accuracy(self) -> float | None:
-        """After the last epoch; None without `evaluate_on`."""
-        return self.epochs[-1].get("accuracy") if self.epochs else None
-
-
 def train(
     module: nn.Module,
     task: Task,
@@ -52,44 +35,36 @@ def train(
     seed: int = 0,
     teacher: nn.Module | None = None,
     checkpoint: Path | None = None,
-    checkpoint_steps: int | None = None,
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     device: str | torch.device = "cpu",
-    epochs: int | None = None,
-    evaluate_on: str | None = None,
-) -> History:
+) -> list[dict[str, float]]:
     """Train `module` in place on a split; it ends on `device`, in eval mode, with the averaged weights.
 
-    `module` maps images `(n, C, H, W)` to logits `(n, classes)`. `epochs` stops early, though the schedule spans
-    `recipe.epochs`. `checkpoint` is written after each epoch and after every `checkpoint_steps` steps, and continued
-    where it exists: the result is bit for bit that of an undisturbed run with the same number of threads. `on_epoch`
-    sees each epoch's dict of the history; in a continued run also those of the epochs done before.
+    `module` maps images `(n, C, H, W)` to logits `(n, classes)`. `checkpoint` is written after each epoch and continued
+    where it exists: the result is bit for bit that of an undisturbed run with the same number of threads.
+
+    Returns what happened, a dict for each epoch: epoch (from 1), loss (mean of its steps), learning_rate (the last
+    one), seconds, data_share (part of the seconds spent on making batches). `on_epoch` sees each of them as it comes;
+    in a continued run also those of the epochs done before.
 
     Raises `UserError` when the loss is no longer finite (the last good checkpoint remains), when the disk is full, and
     when the checkpoint is damaged or of another run.
     """
     if recipe.distillation and teacher is None:
         raise UserError(f"recipe.distillation is {recipe.distillation}, but there is no teacher to learn from")
-    last = recipe.epochs if epochs is None else min(epochs, recipe.epochs)
     for network in (module, *([] if teacher is None else [teacher])):
         # Channels last: small networks train about twice as fast on the CPU.
         network.to(device=torch.device(device), memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     run = _Training(module, task, recipe, split, seed, teacher, torch.device(device))
     with _own_random_numbers(run.device), _contiguous_again(module):
         if checkpoint is not None and checkpoint.exists():
-            run.load(checkpoint, last)
-            for past in run.history.epochs:
+            run.load(checkpoint)
+            for past in run.history:
                 if on_epoch:
                     on_epoch(past)
-        while run.epoch < last:
-            done = run.train_epoch(checkpoint, checkpoint_steps)
-            if run.average:
-                run.average.swap()
-            if evaluate_on:
-                done["accuracy"] = evaluate(module, task, evaluate_on, device=run.device)
-            if run.average:
-                run.average.swap()
-            run.history.epochs.append(done)
+        while run.epoch < recipe.epochs:
+            done = run.train_epoch()
+            run.history.append(done)
             if checkpoint is not None:
                 run.save(checkpoint)
             if on_epoch:
@@ -140,11 +115,7 @@ class _Training:
     teacher: nn.Module | None
     device: torch.device
     epoch: int = 0
-    step: int = 0
-    """The next step of the epoch."""
-    losses: list[float] = field(default_factory=list)
-    """Of the epoch's steps so far, all finite."""
-    history: History = field(default_factory=History)
+    history: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         recipe = self.recipe
@@ -154,8 +125,8 @@ class _Training:
         self.average = Average(self.module, recipe.ema) if recipe.ema else None
         self.mix = _mixing(recipe, self.task.classes)
 
-    def train_epoch(self, checkpoint: Path | None, save_every: int | None) -> dict[str, float]:
-        """The rest of the epoch; returns its entry in the history."""
+    def train_epoch(self) -> dict[str, float]:
+        """Train for one epoch; returns its entry in the history."""
         self.module.train()
         batches = self.task.batches(
             self.split,
@@ -163,41 +134,36 @@ class _Training:
             train=True,
             seed=self.seed,
             epoch=self.epoch,
-            start=self.step,
             randaugment=self.recipe.randaugment,
+            mirror=self.recipe.mirror,
             device=self.device,
         )
-        start, waited, rate = time.perf_counter(), 0.0, 0.0
+        start, waited = time.perf_counter(), 0.0
+        losses: list[float] = []
         pending: list[Tensor] = []
-        while self.step < self.steps:
+        for step in range(self.steps):
             before = time.perf_counter()
             images, labels = next(batches)
             waited += time.perf_counter() - before
-            rate = self.rate(self.step)
-            pending.append(self.train_step(images, labels, rate))
-            self.step += 1
-            ends, saves = self.step == self.steps, bool(save_every) and self.step % save_every == 0
-            if ends or saves or len(pending) == WINDOW:
-                self.check(pending)
+            pending.append(self.train_step(step, images, labels))
+            if len(pending) == WINDOW or step == self.steps - 1:
+                losses += self.checked(pending, len(losses))
                 pending.clear()
-            if ends or saves:
-                self.check_weights()
-            if saves and not ends and checkpoint is not None:
-                self.save(checkpoint)
+        self.check_weights()
         seconds = time.perf_counter() - start
         done = {
             "epoch": self.epoch + 1,
-            "loss": sum(self.losses) / self.steps,
-            "learning_rate": rate,
+            "loss": sum(losses) / self.steps,
+            "learning_rate": self.rate(self.steps - 1),
             "seconds": seconds,
             "data_share": waited / seconds,
         }
-        self.epoch, self.step, self.losses = self.epoch + 1, 0, []
+        self.epoch += 1
         return done
 
-    def train_step(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
-        # Dropout, drop path and mixup draw from the global generator: seeded in every step, it resumes anywhere.
-        torch.manual_seed(int(np.random.SeedSequence((self.seed, self.epoch, self.step)).generate_state(1)[0]))
+    def train_step(self, step: int, images: Tensor, labels: Tensor) -> Tensor:
+        # Dropout, drop path and mixup draw from the global generator: seeded in every step, no epoch needs another.
+        torch.manual_seed(int(np.random.SeedSequence((self.seed, self.epoch, step)).generate_state(1)[0]))
         targets = labels
         if self.mix:
             images, targets = self.mix(images, labels)
@@ -211,7 +177,7 @@ class _Training:
         self.optimizer.zero_grad()
         loss.backward()
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.rate(step)
         self.optimizer.step()
         if self.average:
             self.average.update()
@@ -223,17 +189,18 @@ class _Training:
         number, total = self.epoch * self.steps + step, self.recipe.epochs * self.steps
         return self.recipe.learning_rate * factor(self.recipe.schedule, number, total, warmup)
 
-    def check(self, pending: list[Tensor]) -> None:
-        """Note the losses of the last steps; `UserError` at the first that is not finite."""
-        for loss in torch.stack(pending).tolist():
+    def checked(self, pending: list[Tensor], first: int) -> list[float]:
+        """The losses of the steps from `first` on; `UserError` at the first that is not finite."""
+        losses = torch.stack(pending).tolist()
+        for step, loss in enumerate(losses, first):
             if not math.isfinite(loss):
-                self.diverged(f"the loss became {loss}", len(self.losses))
-            self.losses.append(loss)
+                self.diverged(f"the loss became {loss}", step)
+        return losses
 
     def check_weights(self) -> None:
         """A finite loss may be followed by a step to infinity: such weights must not replace good ones on disk."""
         if not all(tensor.isfinite().all() for tensor in self.module.state_dict().values()):
-            self.diverged("a weight became infinite", self.step - 1)
+            self.diverged("a weight became infinite", self.steps - 1)
 
     def diverged(self, what: str, step: int) -> None:
         raise UserError(
@@ -247,31 +214,26 @@ class _Training:
             {
                 "run": self.identity(),
                 "epoch": self.epoch,
-                "step": self.step,
-                "losses": self.losses,
-                "history": self.history.epochs,
+                "history": self.history,
                 "module": self.module.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "average": self.average.state_dict() if self.average else None,
             },
         )
 
-    def load(self, path: Path, last: int) -> None:
+    def load(self, path: Path) -> None:
         state = load_state(path)
-        known = {"run", "epoch", "step", "losses", "history", "module", "optimizer", "average"}
+        known = {"run", "epoch", "history", "module", "optimizer", "average"}
         if set(state) != known:
             raise UserError(f"{path} is not the checkpoint of a training; delete it to start anew")
         for key, here in self.identity().items():
             if (there := state["run"].get(key)) != here:
                 raise UserError(f"{path} belongs to another training: {key} is {there!r} there and {here!r} here")
-        if state["epoch"] > last or (state["epoch"] == last and state["step"]):
-            raise UserError(f"{path} is past epoch {state['epoch']}, but {last} epochs were asked for")
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average:
             self.average.load_state_dict(state["average"])
-        self.epoch, self.step, self.losses = state["epoch"], state["step"], state["losses"]
-        self.history = History(state["history"])
+        self.epoch, self.history = state["epoch"], state["history"]
 
     def identity(self) -> dict[str, Any]:
         """What must agree for a checkpoint to be of this training."""
@@ -279,6 +241,7 @@ class _Training:
         return {
             "task": self.task.name,
             "images": self.images,
+            "the list of images": self.task.fingerprint,
             "input": list(self.task.input_shape),
             "split": self.split,
             "seed": self.seed,

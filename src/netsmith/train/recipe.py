@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from netsmith.errors import UserError
@@ -41,6 +41,9 @@ class Recipe:
     """Alpha of CutMix (Yun et al. 2019); 0: off. With both, a coin chooses for each batch."""
     randaugment: int = 0
     """Magnitude of RandAugment, two operations; 0: off."""
+    mirror: bool | None = None
+    """Whether half of the training images are mirrored; none: as suits the task. Folders are taken for photographs:
+    false for letters or arrows."""
     distillation: float = 0.0
     """Weight of the teacher's distribution in the loss, 0 to 1 (Hinton et al. 2015); 0: off. The teacher of a run is
     the reference, the largest network of the space."""
@@ -67,15 +70,25 @@ class Recipe:
                     raise UserError(f"recipe.{name} is {value!r}; allowed: {allowed}")
 
     @classmethod
-    def default(cls, task: Task) -> Recipe:
-        """A sensible start for the task's number and size of images, for networks of up to some million parameters."""
+    def default(cls, task: Task, epochs: int | None = None, batch_size: int | None = None) -> Recipe:
+        """A sensible start for the task's number and size of images, for networks of up to some million parameters.
+
+        With other `epochs` or another `batch_size` than the task's own, the average and the warm-up are scaled to them.
+        """
         images = len(task.splits["trainval"])
         # Small sets need more passes: about 400,000 images are seen, in 15 to 40 epochs; of tiny images up to 20, of
         # large ones up to 60.
         most = 60 if task.resolution >= 64 else 40 if task.resolution > 12 else 20
-        epochs = max(15, min(most, round(400_000 / images)))
+        usual_epochs = max(15, min(most, round(400_000 / images)))
         # On 8,000 images, steps matter more than large batches.
-        batch_size = 64 if images <= 20_000 else 128
-        # The average looks back over a twentieth of the training.
-        ema = round(1 - 20 / max(1000, epochs * images / batch_size), 5)
-        return cls(epochs=epochs, batch_size=batch_size, ema=ema, learning_rate=0.05 if task.resolution >= 64 else 0.1)
+        usual_size = 64 if images <= 20_000 else 128
+        recipe = cls(
+            epochs=usual_epochs if epochs is None else epochs,
+            batch_size=usual_size if batch_size is None else batch_size,
+            learning_rate=0.05 if task.resolution >= 64 else 0.1,
+        )
+        # The average looks back over a twentieth of the training; over more of it, up to 50 steps, where the task's
+        # usual training is short.
+        part = max(1 / 20, 50 * usual_size / (usual_epochs * images))
+        back = min(max(2.0, part * recipe.epochs * images / recipe.batch_size), 1e5)
+        return replace(recipe, ema=round(1 - 1 / back, 5), warmup_epochs=min(1.0, recipe.epochs / 4))
