@@ -66,19 +66,17 @@ class _Broken(PromiseBroken):
 
 
 @contextmanager
-def _kept_free(wanted: bool) -> Iterator[None]:
-    """Send what libraries print (the knapsack's solver, now and then) to stderr: stdout is for one JSON object."""
-    if not wanted:
-        yield
-        return
+def _for_the_answer() -> Iterator[None]:
+    """Drop what libraries print on stdout (the solver of the knapsack has lines for its developers)."""
     sys.stdout.flush()
-    stdout = os.dup(1)
-    os.dup2(2, 1)
+    stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
     try:
         yield
     finally:
         os.dup2(stdout, 1)
         os.close(stdout)
+        os.close(nowhere)
 
 
 def _run(arguments: list[str]) -> int:
@@ -95,7 +93,7 @@ def _run(arguments: list[str]) -> int:
     asked = _parse(arguments[0], arguments[1:])
     if asked is None:
         return 0
-    with _kept_free(asked.json):
+    with _for_the_answer():
         answer = asked.run()
     if asked.json:
         print(json.dumps(answer.data))
