@@ -109,7 +109,7 @@ def test_a_landing_close_to_the_limit_is_taken_where_nothing_safer_is_found(kept
 
 
 def test_a_time_close_to_its_limit_is_taken_twice_and_the_slower_counts(kept):
-    found, limit, device = kept(0.5, lambda predicted, number: predicted * (1.0 if number == 1 else 1.004))
+    found, _, device = kept(0.5, lambda predicted, number: predicted * (1.0 if number == 1 else 1.004))
     assert device.timed == 2
     assert found.measured["latency"] == pytest.approx(1.004 * found.predicted["latency"])
 
