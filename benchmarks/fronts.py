@@ -111,8 +111,8 @@ def scaled_mobilenet(job: Job, build: Callable[..., nn.Module], limit: float) ->
             width=width, depth=depth, classes=task.classes, channels=task.channels, resolution=task.resolution
         )
         file = export(with_shifts(network), task.input_shape, job.run.path / "untrained.onnx")
-        assert job.time_file is not None
-        return job.time_file(file) / limit, network
+        assert job.time is not None
+        return job.time(network, file) / limit, network
 
     phi = 0.0
     while (used := share(1.2**phi, 1.1**phi))[0] > 1 and phi > -10:
@@ -158,7 +158,7 @@ def front(key: dict, budgets: list[str], epochs: int, images: int | None, work: 
             if search:
                 values = {path: dict(pairs) for path, pairs in search["values"][number]}
                 budgets_here = job.problem.budgets[number]
-                kept = keep(job.problem, run, budget, values, budgets_here, job.time_file, enough=0.97)
+                kept = keep(job.problem, run, budget, values, budgets_here, job.time, enough=0.97)
                 network = job.problem.network(kept.architecture)
                 details = {"search_cpu_seconds": round(search["seconds"] / len(budgets), 1), "rounds": kept.rounds}
                 details |= {"options": search["options"], "architecture": kept.architecture}
@@ -176,7 +176,7 @@ def trained(job: Job, network: nn.Module, budget: str, epochs: int) -> dict:
     started = time.process_time()
     train(network, task, job.recipe, split="trainval", seed=seed, checkpoint=job.run.checkpoint(f"{budget}.pt"))
     seconds = time.process_time() - started
-    latency = job.time_file(export(network, task.input_shape, job.run.path / f"{budget}.onnx"))
+    latency = job.time(network, export(network, task.input_shape, job.run.path / f"{budget}.onnx"))
     return {
         "accuracy": evaluate(network, task, "test"),
         "latency_ms": latency,

@@ -92,7 +92,7 @@ def random_values(problem: Problem, seed: int) -> Options:
 def one(problem: Problem, run: Run, number: int, limit: float, values: Options, again: int) -> dict:
     rounds: list[dict] = []
 
-    def noted(path: Path) -> float:
+    def noted(_: object, path: Path) -> float:
         rounds.append({"ms": time_file(path)})
         return rounds[-1]["ms"]
 
@@ -103,7 +103,7 @@ def one(problem: Problem, run: Run, number: int, limit: float, values: Options, 
     except PromiseBroken as broken:
         return {"limit_ms": limit, "kept": False, "sentence": str(broken), "rounds": len(rounds), "seen": rounds}
     seconds = time.perf_counter() - started
-    file = export_untrained(problem, kept.architecture, run.path / f"{number}.onnx")
+    _, file = export_untrained(problem, kept.architecture, run.path / f"{number}.onnx")
     times = [fresh(file) for _ in range(again)]
     return {
         "limit_ms": limit,
@@ -137,7 +137,7 @@ def main() -> None:
         problem, facts = problem_with_prices(asked.calibrating)
         prices = problem.latency
         ends = [extreme(prices.options, problem.parents, largest=largest) for largest in (False, True)]
-        measured = [time_file(export_untrained(problem, end, folder / "end.onnx")) for end in ends]
+        measured = [time_file(export_untrained(problem, end, folder / "end.onnx")[1]) for end in ends]
         print(f"table {facts['seconds']:.0f} s; networks from {measured[0]:.3f} to {measured[1]:.3f} ms")
         print("| limit ms | kept | at once | rounds | all times, of the limit | lands at | in a fresh process |")
         print("|---|---|---|---|---|---|---|", flush=True)

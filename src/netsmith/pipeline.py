@@ -20,7 +20,7 @@ from torch import nn
 from netsmith.architecture import loads
 from netsmith.cost.budget import Budget, parse_budgets
 from netsmith.cost.counts import Macs, Params
-from netsmith.cost.device import Device, parse_device, torch_threads
+from netsmith.cost.device import Device, load_shipped, parse_device, torch_threads
 from netsmith.cost.imported import import_table
 from netsmith.cost.latency import SpaceLatency, calibrate, calibration_networks, profile_space
 from netsmith.cost.memory import PeakMemory
@@ -34,7 +34,7 @@ from netsmith.prepare import open_run
 from netsmith.run import Run, atomically
 from netsmith.search.allocate import Infeasible
 from netsmith.search.problem import Problem
-from netsmith.search.promise import Kept, export_untrained, keep
+from netsmith.search.promise import Kept, Timer, export_untrained, keep
 from netsmith.search.sampling import capacity
 from netsmith.ship.export import export
 from netsmith.ship.gate import Verdict, gate
@@ -146,10 +146,10 @@ class Job:
     def _measure_reference(self, problem: Problem) -> dict:
         """The dearest network of the space, measured: what relative budgets are relative to."""
         architecture = problem.reference
-        file = export_untrained(problem, architecture, self.run.path / "untrained.onnx")
+        network, file = export_untrained(problem, architecture, self.run.path / "untrained.onnx")
         plain, shape = problem.plain(architecture), self.task.input_shape
         cost = {
-            "latency": self.time_file(file) if self.time_file else problem.latency.of(architecture),
+            "latency": self.time(network, file) if self.time else problem.latency.of(architecture),
             "params": Params()(plain, shape),
             "macs": Macs()(plain, shape),
             "peak_memory": PeakMemory()(plain, shape),
@@ -158,11 +158,16 @@ class Job:
         return {"architecture": architecture, "cost": cost}
 
     @property
-    def time_file(self) -> Callable[[Path], float] | None:
-        """Milliseconds of an ONNX file on the device; None where nothing runs."""
-        if isinstance(self.device, TableDevice):
+    def time(self) -> Timer | None:
+        """On the device; None where nothing runs."""
+        device = self.device
+        if isinstance(device, TableDevice):
             return None
-        return lambda file: measure({"file": self.device.load(file, self.task.input_shape)})["file"].median_ms
+
+        def median_ms(network: nn.Module, file: Path) -> float:
+            return measure({"it": load_shipped(device, network, file, self.task.input_shape)})["it"].median_ms
+
+        return median_ms
 
 
 ONE_THREAD = 16
@@ -231,7 +236,7 @@ def _raised(budget: Budget, least: float, job: Job) -> Budget:
 def _found(job: Job, problem: Problem, name: str, method: Any) -> list[Kept]:
     values = method.search(problem, job.run)
     return [
-        keep(problem, job.run, f"{name}-{i}", v, budgets, job.time_file)
+        keep(problem, job.run, f"{name}-{i}", v, budgets, job.time)
         for i, (v, budgets) in enumerate(zip(values, problem.budgets, strict=True))
     ]
 

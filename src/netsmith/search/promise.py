@@ -35,6 +35,10 @@ PATIENCE, NEARLY = 3, 0.9
 """Rounds after which a network that uses this share of a limit will do."""
 
 
+Timer = Callable[[nn.Module, Path], float]
+"""Milliseconds, from a network and the file it was exported to: a device runs one of them."""
+
+
 @dataclass(frozen=True)
 class Kept:
     """An architecture whose exported file keeps its budgets as measured."""
@@ -51,21 +55,21 @@ def keep(
     name: str,
     values: Options,
     budgets: Sequence[Budget],
-    time_file: Callable[[Path], float] | None,
+    time: Timer | None,
     *,
     rounds: int = 5,
     enough: float = ENOUGH,
 ) -> Kept:
     """The most valuable architecture whose exported file keeps ``budgets``.
 
-    ``time_file`` returns measured milliseconds of an ONNX file; None where the device can only predict. ``enough``: the
-    share of a limit from which a network that keeps it is close enough.
+    ``time`` measures; None where the device can only predict. ``enough``: the share of a limit from which a network
+    that keeps it is close enough.
 
     Raises: Infeasible when nothing is within the budgets; PromiseBroken when measuring contradicts the table for
     ``rounds`` rounds.
     """
     result = run.once(
-        f"promise-{name}", lambda: asdict(_keep(problem, run, name, values, budgets, time_file, rounds, enough))
+        f"promise-{name}", lambda: asdict(_keep(problem, run, name, values, budgets, time, rounds, enough))
     )
     return Kept(**result)
 
@@ -76,16 +80,16 @@ def _keep(
     name: str,
     values: Options,
     budgets: Sequence[Budget],
-    time_file: Callable[[Path], float] | None,
+    time: Timer | None,
     rounds: int,
     enough: float,
 ) -> Kept:
     def worth(measured: dict[str, float]) -> float:
         """The largest share of a budget that is used: who uses more of it is the better network, but for tight ones."""
-        tight = time_file and any(b.metric == "latency" and measured[b.metric] > TIGHT * b.limit for b in budgets)
+        tight = time and any(b.metric == "latency" and measured[b.metric] > TIGHT * b.limit for b in budgets)
         return ENOUGH - 0.01 if tight else max(measured[b.metric] / b.limit for b in budgets)
 
-    scale = {budget.metric: AIM if _measurable(budget, time_file) else 1.0 for budget in budgets}
+    scale = {budget.metric: AIM if _measurable(budget, time) else 1.0 for budget in budgets}
     best: Kept | None = None
     previous: Architecture = {}
     points: dict[str, list[tuple[float, float]]] = {budget.metric: [] for budget in budgets}
@@ -103,8 +107,8 @@ def _keep(
             break
         previous, measurings = architecture, number
         predicted = {b.metric: problem.predicted(b, architecture) for b in budgets}
-        file = export_untrained(problem, architecture, run.path / "untrained.onnx")
-        measured = {b.metric: _measured(b, predicted[b.metric], file, time_file) for b in budgets}
+        network, file = export_untrained(problem, architecture, run.path / "untrained.onnx")
+        measured = {b.metric: _measured(b, predicted[b.metric], network, file, time) for b in budgets}
         broken = [b for b in budgets if not within(measured[b.metric], b.limit)]
         for b in budgets:
             run.event(
@@ -124,7 +128,7 @@ def _keep(
         if best and number >= PATIENCE and worth(best.measured) >= NEARLY:
             break
         for b in budgets:
-            if _measurable(b, time_file):
+            if _measurable(b, time):
                 points[b.metric].append((predicted[b.metric], measured[b.metric]))
                 scale[b.metric] = _corrected(points[b.metric], b.limit)
         if broken:
@@ -150,9 +154,10 @@ def _corrected(points: Sequence[tuple[float, float]], limit: float) -> float:
     return AIM * predicted / measured
 
 
-def export_untrained(problem: Problem, architecture: Architecture, path: Path) -> Path:
-    """Export a network before its training, as it will look after it."""
-    return export(with_shifts(problem.network(architecture)), problem.input_shape, path)
+def export_untrained(problem: Problem, architecture: Architecture, path: Path) -> tuple[nn.Module, Path]:
+    """A network before its training, as it will look after it, and its file."""
+    network = with_shifts(problem.network(architecture))
+    return network, export(network, problem.input_shape, path)
 
 
 def with_shifts(network: nn.Module) -> nn.Module:
@@ -165,15 +170,15 @@ def with_shifts(network: nn.Module) -> nn.Module:
     return network
 
 
-def _measurable(budget: Budget, time_file: Callable[[Path], float] | None) -> bool:
+def _measurable(budget: Budget, time: Timer | None) -> bool:
     """Whether the file may disagree with the prediction; counts are exact."""
-    return budget.metric == "file" or (budget.metric == "latency" and time_file is not None)
+    return budget.metric == "file" or (budget.metric == "latency" and time is not None)
 
 
-def _measured(budget: Budget, predicted: float, file: Path, time_file: Callable[[Path], float] | None) -> float:
+def _measured(budget: Budget, predicted: float, network: nn.Module, file: Path, time: Timer | None) -> float:
     if budget.metric == "file":
         return float(file.stat().st_size)
-    if budget.metric == "latency" and time_file is not None:
-        first = time_file(file)
-        return max(first, time_file(file)) if CLOSE * budget.limit < first <= budget.limit else first
+    if budget.metric == "latency" and time is not None:
+        first = time(network, file)
+        return max(first, time(network, file)) if CLOSE * budget.limit < first <= budget.limit else first
     return predicted

@@ -16,7 +16,7 @@ from torch import nn
 from netsmith.cost import meter
 from netsmith.cost.budget import Budget, show, within
 from netsmith.cost.counts import Macs, Params, Shape
-from netsmith.cost.device import Device, OrtCpu, TorchCpu, TorchCuda
+from netsmith.cost.device import Device, OrtCpu, load_shipped
 from netsmith.cost.memory import PeakMemory
 from netsmith.cost.meter import Measurement
 from netsmith.cost.table import TableDevice
@@ -169,8 +169,7 @@ def _limit(budget: Budget, reference: Mapping[str, float]) -> float:
 def _time(
     network: nn.Module, path: Path, device: Device, shape: Shape, limit: float | None, seconds: float
 ) -> Measurement:
-    source = network if isinstance(device, TorchCpu | TorchCuda) else path
-    timed = {"network": device.load(source, shape)}
+    timed = {"network": load_shipped(device, network, path, shape)}
     measured = meter.measure(timed, seconds=seconds)["network"]
     if limit is not None and _straddles(measured, limit):
         measured = meter.measure(timed, seconds=3 * seconds, precision=0.002)["network"]
