@@ -2,6 +2,7 @@
 
 import csv
 import json
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from netsmith.options import SearchOptions
 from netsmith.prepare import problem_of
 from netsmith.run import Run, read_events
 from netsmith.spaces import open_space
+from netsmith.tasks.classification import Task
 
 SPACE = {"depth": 2, "expansion": 2}
 STEPS = {"epochs": 2, "warmup_epochs": 1, "batch_size": 256}
@@ -53,7 +55,7 @@ def table(tmp_path_factory) -> Path:
     return file
 
 
-def ask(folder: Path, table: Path, **options) -> Run:
+def ask(folder: Path, table: Path | None, **options) -> Run:
     given = {"space": "prunet_small", "space_options": SPACE, "recipe": RECIPE, "baselines": (), "table": table}
     return Run.create(folder, problem_of(SearchOptions(**{**given, **options})))
 
@@ -64,11 +66,34 @@ def finish(folder: Path, table: Path, **options) -> dict:
 
 
 @pytest.fixture(scope="module")
-def job(table, tmp_path_factory):
+def splits() -> dict[str, set[str]]:
+    """Which splits the final training, the gate and all the rest of the job asked for."""
+    return defaultdict(set)
+
+
+@pytest.fixture(scope="module")
+def job(table, tmp_path_factory, splits):
     """One whole job of PruNet beside a baseline: its folder, question and result."""
     folder = tmp_path_factory.mktemp("job") / "run"
     options = {"method": "prunet", "method_options": TINY, "baselines": ("random",), "budget": ("latency<=0.5x",)}
-    return folder, options, finish(folder, table, **options)
+    under_way, split = ["rest"], Task.split
+
+    def noted(name):
+        step = getattr(pipeline, name)
+
+        def inner(*args, **options):
+            under_way.append(name)
+            result = step(*args, **options)
+            under_way.pop()
+            return result
+
+        return inner
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "train", noted("train"))
+        patch.setattr(pipeline, "gate", noted("gate"))
+        patch.setattr(Task, "split", lambda task, name: splits[under_way[-1]].add(name) or split(task, name))
+        return folder, options, finish(folder, table, **options)
 
 
 def has(data: dict, keys: dict) -> None:
@@ -129,6 +154,24 @@ def test_the_search_learned_without_the_test_split(job):
     kinds = [event["kind"] for event in read_events(folder)]
     assert kinds.count("gate") == 3  # reference, found, random: each touches the test split once
     assert kinds.index("search_epoch") < kinds.index("promise_round") < kinds.index("gate")
+
+
+@pytest.mark.parametrize("device", ["torch-cpu", "ort-cpu"])
+def test_what_is_timed_is_what_the_device_runs(device, tmp_path):
+    """The exported file, or the network that it was made from where no file can be run."""
+    options = {"device": device, "space_options": {**SPACE, "step": 8}}
+    network, file = torch.nn.Flatten(), tmp_path / "absent.onnx"
+    with ask(tmp_path / "run", None, **options) as run:
+        time = pipeline.Job(run, Quiet()).time
+        if device == "torch-cpu":
+            assert 0 < time(network, file) < 10
+        else:
+            with pytest.raises(UserError, match="no such file"):
+                time(network, file)
+
+
+def test_every_part_of_the_job_sees_its_own_images(job, splits):
+    assert splits == {"rest": {"train", "search"}, "train": {"trainval"}, "gate": {"test"}}
 
 
 def content(folder: Path) -> dict[str, bytes]:

@@ -170,6 +170,48 @@ def test_events_that_differ_are_appended_and_cut_nothing(tmp_path):
     assert events[-1] == {"kind": "d", "loss": None, "pair": [1, None]}
 
 
+def test_a_stage_that_fails_takes_no_events_along_but_its_own(tmp_path):
+    with Run.create(tmp_path / "run", PROBLEM) as run:
+        run.once("a", lambda: run.event("a"))
+        run.event("measured", seconds=1.5)
+    with Run.open(tmp_path / "run") as run:
+        run.once("a", lambda: pytest.fail("computed again"))
+
+        def fail():
+            run.event("lost")
+            raise RuntimeError
+
+        with pytest.raises(RuntimeError):  # begun where this process has not come past "measured"
+            run.once("b", fail)
+        run.once("b", lambda: run.event("b"))
+    assert [event["kind"] for event in read_events(tmp_path / "run")] == ["a", "measured", "b"]
+
+
+def test_the_events_of_a_stage_are_on_the_disk_before_its_result(tmp_path, monkeypatch):
+    """Else a power cut could leave a result that points behind the end of the events."""
+    fsync, synced = os.fsync, []
+    with Run.create(tmp_path / "run", PROBLEM) as run:
+
+        def noted(descriptor):
+            if descriptor == run._events.fileno():
+                stage = json.loads((tmp_path / "run/stages/stage.json").read_text())
+                synced.append((run.mark(), "end" in stage))
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", noted)
+        run.once("stage", lambda: run.event("event"))
+        assert synced == [(run.mark(), False)]
+
+
+def test_a_write_that_was_killed_leaves_nothing_in_the_run(tmp_path):
+    Run.create(tmp_path / "run", PROBLEM).close()
+    before = contents(tmp_path / "run")
+    for name in (".result.json.tmp", "stages/.search.json.tmp", "checkpoints/.train.pt.tmp"):
+        (tmp_path / "run" / name).write_text("half")
+    Run.open(tmp_path / "run").close()
+    assert contents(tmp_path / "run") == before
+
+
 def test_rewind_forgets_what_came_after_the_mark(tmp_path):
     with Run.create(tmp_path / "run", PROBLEM) as run:
         run.event("one")

@@ -57,6 +57,14 @@ def test_the_expectation_is_the_true_one(nested, cost):
     assert expected(model, prices).item() == pytest.approx(truth, rel=1e-12)
 
 
+def test_the_expectation_is_the_true_one_three_decisions_deep():
+    inner = nn.Sequential(OneOf({"block": MBConv(3, 3, hidden=Width((4, 8))), "skip": nn.Identity()}))
+    model = scatter(nn.Sequential(OneOf({"inner": inner, "skip": nn.Identity()})).double())
+    prices = tabulate(model, Params(), SHAPE)
+    truth = sum(probability(model, a) * prices.of(a) for a in enumerate_architectures(model))
+    assert expected(model, prices).item() == pytest.approx(truth, rel=1e-12)
+
+
 def test_the_expectation_agrees_with_its_samples(nested):
     model = scatter(nested())
     prices = tabulate(model, Macs(), SHAPE)
@@ -202,6 +210,25 @@ def test_a_single_open_block():
     block = MBConv(3, 3, hidden=Width((4, 8)))
     prices = tabulate(block, Params(), SHAPE)
     assert prices.of({"hidden": 4}) == Params()(derive(block, {"hidden": 4}), SHAPE)
+
+
+def test_a_count_that_is_no_polynomial_in_the_width_is_taken_at_every_width():
+    class Padded:
+        """Channels as a device has them that computes eight at a time."""
+
+        unit, counted = "channels", True
+
+        def __call__(self, module: nn.Module, shape: tuple[int, ...]) -> float:
+            return -8 * (-max(p.shape[0] for p in module.parameters()) // 8)
+
+    block = MBConv(3, 3, hidden=Width(range(4, 33, 4)))
+    assert tabulate(block, Padded(), SHAPE).options["hidden"] == {n: -8 * (-n // 8) for n in range(4, 33, 4)}
+
+
+def test_a_block_costs_less_on_a_smaller_image():
+    blocks = [OneOf({"conv": ConvBn(3, 3, 3), "skip": nn.Identity()}) for _ in range(2)]
+    prices = tabulate(nn.Sequential(blocks[0], nn.MaxPool2d(2), blocks[1]), Macs(), SHAPE)
+    assert prices.at("0", "conv") == 4 * prices.at("2", "conv") == 9 * 3 * 3 * 64
 
 
 def test_modules_that_print_alike_are_not_confused():

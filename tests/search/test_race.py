@@ -1,5 +1,7 @@
 """Races rank by short training, rung by rung, and resume; settle tries structures; finalists keep the budget."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from planted import BRIEF, new_run, problem_of, stripes
@@ -35,16 +37,16 @@ def scores(monkeypatch):
 ENTRANTS = [{"a": i} for i in range(9)]
 
 
-def test_successive_halving(scores, tmp_path):
+def test_successive_halving_keeps_a_third_rounded_up(scores, tmp_path):
     trained = scores(
         lambda architecture: {3: 0.9, 5: 0.8, 7: 0.7}.get(architecture["a"], 0.1 * (architecture["a"] % 2))
     )
     with new_run(tmp_path / "run") as run:
-        ranking = race(problem_of(), run, "x", ENTRANTS, epochs=(1, 2, 4))
+        ranking = race(problem_of(), run, "x", [*ENTRANTS, {"a": 9}], epochs=(1, 2, 4))
     lengths = [epochs for _, epochs in trained]
-    assert (lengths.count(1), lengths.count(2), lengths.count(4)) == (9, 3, 1)
+    assert (lengths.count(1), lengths.count(2), lengths.count(4)) == (10, 4, 2)
     assert [entry[0]["a"] for entry in ranking[:3]] == [3, 5, 7]
-    assert sorted(entry[0]["a"] for entry in ranking) == list(range(9))
+    assert sorted(entry[0]["a"] for entry in ranking) == list(range(10))
     assert [score for _, score in ranking] == sorted((score for _, score in ranking), reverse=True)
 
 
@@ -82,7 +84,7 @@ def test_a_killed_race_goes_on_with_the_next_entrant(scores, tmp_path, at):
 
 
 def test_a_short_training_is_a_whole_schedule_on_train_scored_on_search(tmp_path):
-    problem = problem_of(task=stripes(64))
+    problem = problem_of(task=stripes(64), recipe=replace(BRIEF, distillation=0.5))  # whose teacher comes later
     architecture = problem.allocate(capacity(problem), problem.budgets[0])
     with new_run(tmp_path / "run") as run:
         ((found, score),) = race(problem, run, "x", [architecture], epochs=(3,))
@@ -186,6 +188,15 @@ def test_finalists_are_distinct_and_within_the_budget():
     again = finalists(problem, [budget], values, 6, torch.Generator().manual_seed(0), 0.5)
     assert again == found
     assert len(finalists(problem, [budget], values, 6, torch.Generator().manual_seed(0), 0.0)) == 1
+
+
+def test_finalists_leave_no_room_for_a_wider_layer():
+    problem, values = problem_of(), capacity(problem_of())
+    (budget,) = problem.budgets[0]
+    for architecture in finalists(problem, [budget], values, 6, torch.Generator().manual_seed(0), 0.5):
+        for path, width in architecture.items():
+            for wider in (option for option in values[path] if isinstance(width, int) and option > width):
+                assert problem.latency.of(architecture | {path: wider}) > budget.limit
 
 
 # Random networks ----------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from netsmith.ship.export import export
 from netsmith.ship.gate import gate
 from netsmith.ship.layers import layers
 from netsmith.tasks import open_task
+from netsmith.train.loop import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +217,14 @@ def test_a_file_that_is_another_network_is_refused(network, file, task, takes, t
     assert not verdict.kept
     assert verdict.sentence.startswith("broken: the file's outputs differ from PyTorch's by ")
     assert "; kept: 70.0 µs" in verdict.sentence
+
+
+def test_the_file_is_scored_over_the_whole_test_split(network, task, takes, tmp_path):
+    takes((0.07, 0.069, 0.071))
+    other = nn.Sequential(ConvBn(1, 8, 3), Head(8, 8, 10)).eval()
+    found = judge(network, export(other, task.input_shape, tmp_path / "other.onnx"), task).agreement
+    assert found.accuracy == evaluate(network, task, "test")
+    assert found.accuracy_exported == evaluate(other, task, "test") != found.accuracy
 
 
 def test_a_network_of_nan_is_refused(file, task, takes):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from netsmith.errors import UserError
 from netsmith.tasks import open_task
@@ -18,6 +19,7 @@ from netsmith.train.recipe import Recipe
 
 SHORT = Recipe(epochs=3, batch_size=64, learning_rate=0.05, ema=0.9)
 ONCE = replace(SHORT, epochs=1)
+ONE_STEP = replace(ONCE, batch_size=1000)
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,55 @@ def test_the_recipe_can_forbid_mirroring(few):
     assert equal(unmirrored, modules[False])
 
 
+@pytest.mark.parametrize(
+    "augmentation", [{"randaugment": 9}, {"mixup": 0.4}, {"cutmix": 1.0}], ids=lambda a: next(iter(a))
+)
+def test_the_recipes_augmentation_changes_what_the_network_sees(few, augmentation):
+    seen = []
+    for recipe in (ONE_STEP, replace(ONE_STEP, **augmentation)):
+        module = network()
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+        train(module, few, recipe)
+    plain, augmented = seen
+    assert not plain.equal(augmented)
+
+
+def test_the_learning_rate_rises_for_an_epoch_and_falls_with_every_step(few):
+    rates = []
+    hook = register_optimizer_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"]))
+    try:
+        history = train(network(), few, SHORT)  # three epochs of four steps, the first of them for the warm-up
+    finally:
+        hook.remove()
+    cosine = [0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert rates == pytest.approx([SHORT.learning_rate * share for share in (0.25, 0.5, 0.75, 1, *cosine)])
+    assert [epoch["learning_rate"] for epoch in history] == rates[3::4]
+
+
+def test_what_is_kept_is_the_average_of_the_weights(few):
+    start, last, kept = network(), network(), network()
+    train(last, few, replace(ONE_STEP, ema=None))
+    train(kept, few, ONE_STEP)
+    for before, after, average in zip(start.parameters(), last.parameters(), kept.parameters(), strict=True):
+        assert torch.allclose(average, 0.1 * before + 0.9 * after, atol=1e-6)  # a tenth: the decay of the first step
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_recipe_says_how_precisely_the_network_computes(few, precision, dtype):
+    module, seen = network(), set()
+    module.register_forward_hook(lambda _module, _inputs, logits: seen.add(logits.dtype))
+    train(module, few, replace(ONE_STEP, precision=precision))
+    assert seen == {dtype}
+
+
+def test_a_teacher_teaches_and_learns_nothing(few):
+    alone, taught, teacher = network(), network(), network().train()
+    train(alone, few, ONCE)
+    train(taught, few, replace(ONCE, distillation=0.5), teacher=teacher)
+    assert not equal(taught, alone)
+    assert equal(teacher, network())  # its batch norms too: it is asked as a trained network is, without dropout
+
+
 def test_the_global_generator_is_left_alone(few):
     state = torch.get_rng_state()
     module = network()
@@ -179,9 +230,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(few, t
 def test_weights_that_explode_in_the_last_step_are_not_saved(few, tmp_path):
     module = network()
     module[0].weight.register_hook(lambda grad: grad + math.inf)
-    one_step = replace(SHORT, batch_size=1000)
     with pytest.raises(UserError, match="a weight became infinite in epoch 1, step 1 of 1"):
-        train(module, few, one_step, checkpoint=tmp_path / "train.pt")
+        train(module, few, ONE_STEP, checkpoint=tmp_path / "train.pt")
     assert not list(tmp_path.iterdir())
 
 
