@@ -133,10 +133,13 @@ def test_files_are_checked_and_run(tmp_path: Path):
     file = tmp_path / "model.onnx"
     module = made("conv")
     file.write_bytes(cheap_onnx(module, (8, 12, 12)))
-    batch = torch.randn(3, 8, 12, 12)
+    image = torch.randn(1, 8, 12, 12)
     OrtCpu().load(file, (8, 12, 12))()
+    session = OrtCpu().session(file)
     with torch.no_grad():
-        np.testing.assert_allclose(OrtCpu().run(file, batch.numpy()), module(batch), atol=1e-5)
+        np.testing.assert_allclose(
+            session.run(None, {session.get_inputs()[0].name: image.numpy()})[0], module(image), atol=1e-5
+        )
     with pytest.raises(UserError, match=r"takes \[1, 8, 12, 12\], not \[1, 8, 16, 16\]"):
         OrtCpu().load(file, (8, 16, 16))
     with pytest.raises(UserError, match="no such file"):

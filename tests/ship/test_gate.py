@@ -17,7 +17,7 @@ from netsmith.cost.budget import Budget
 from netsmith.cost.device import OrtCpu, TorchCpu
 from netsmith.cost.meter import Measurement
 from netsmith.cost.table import TableDevice
-from netsmith.errors import PromiseBroken, UserError
+from netsmith.errors import UserError
 from netsmith.ship.export import export
 from netsmith.ship.gate import gate
 from netsmith.ship.layers import layers
@@ -73,7 +73,6 @@ def test_a_kept_latency(network, file, task, takes):
     verdict = judge(network, file, task, "latency<=80us", predicted_ms=0.077)
     assert asked == [10.0]
     assert verdict.kept
-    verdict.enforce()
     images, labels = next(task.batches("test", 10**6, train=False))
     with torch.no_grad():
         accuracy = (network(images).argmax(1) == labels).float().mean().item()
@@ -104,9 +103,6 @@ def test_a_broken_latency(network, file, task, takes):
     assert verdict.sentence.startswith(
         "broken: 90.1 µs measured (95 % interval 89.9-90.3) against a limit of 80.0 µs; kept: "
     )
-    with pytest.raises(PromiseBroken, match=r"broken: 90\.1 µs") as caught:
-        verdict.enforce()
-    assert caught.value.exit_code == 3
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from netsmith.cost.meter import cpu_name
 from netsmith.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    import numpy as np
     import onnxruntime
     from torch import nn
 
@@ -93,16 +92,6 @@ class OrtCpu:
         for output, value in zip(session.get_outputs(), session.run(None, {wanted.name: image}), strict=True):
             binding.bind_ortvalue_output(output.name, onnxruntime.OrtValue.ortvalue_from_numpy(np.asarray(value)))
         return lambda: session.run_with_iobinding(binding)
-
-    def run(self, path: Path, batch: np.ndarray) -> np.ndarray:
-        """The file's first output for a `(batch, channels, height, width)` array; one image at a time if the file's
-        batch is fixed at 1."""
-        import numpy as np
-
-        session = self.session(path)
-        wanted = session.get_inputs()[0]
-        pieces = [batch[i : i + 1] for i in range(len(batch))] if wanted.shape[0] == 1 else [batch]
-        return np.concatenate([np.asarray(session.run(None, {wanted.name: piece})[0]) for piece in pieces])
 
 
 @dataclass(frozen=True, kw_only=True)

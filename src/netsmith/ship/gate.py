@@ -20,7 +20,7 @@ from netsmith.cost.device import Device, OrtCpu, load_shipped
 from netsmith.cost.memory import PeakMemory
 from netsmith.cost.meter import Measurement
 from netsmith.cost.table import TableDevice
-from netsmith.errors import PromiseBroken, UserError
+from netsmith.errors import UserError
 from netsmith.ship.agreement import PARITY, Agreement, agree
 from netsmith.ship.layers import Layer, layers
 from netsmith.tasks.classification import Task
@@ -56,11 +56,6 @@ class Verdict:
     relative: dict[str, float]
     """The same costs as shares of the reference's, as `gate` was given them."""
     layers: list[Layer] = field(repr=False)
-
-    def enforce(self) -> None:
-        """Raises: PromiseBroken with the sentence, unless all is kept."""
-        if not self.kept:
-            raise PromiseBroken(self.sentence)
 
     def to_json(self) -> dict[str, Any]:
         median = self.latency.median_ms if self.latency else None
@@ -120,7 +115,7 @@ def gate(
 
     Raises: UserError for a file that cannot be loaded, a relative budget without reference, a latency budget on a
         table without ``predicted_ms``, or a peak memory budget on a network that cannot be traced. A broken budget
-        does not raise: see `Verdict.enforce`.
+        does not raise: see `Verdict.kept`.
     """
     reference = reference or {}
     limits = {budget.metric: _limit(budget, reference) for budget in budgets}
