@@ -48,6 +48,16 @@ def test_the_mask_of_every_draw_sums_to_one():
                 assert len(indices) == (1 if path == "body" else len(decision.options))
 
 
+def test_with_one_path_weights_learn_in_single_blocks_and_the_architecture_in_all():
+    problem = problem_of()
+    searcher = _Supernet(FBNet(paths="one"), problem, problem.budgets[0], [{"body": "slim"}])
+    layer = decisions(searcher.supernet)["body.slim.stage1_0"]
+    for learning, count in ((False, 1), (True, len(layer.options))):
+        searcher.draw(torch.Generator().manual_seed(0), learning=learning)
+        assert len(layer.drawn.indices) == count
+        assert layer.drawn.weights.requires_grad == learning
+
+
 def test_the_power_acts_on_the_logarithm():
     # At LAT = e^2 and beta = 0.6: (log LAT)^beta = 1.5157, log(LAT^beta) = 1.2. A target counts as e^3.
     expectation = torch.tensor(5.0 * math.exp(-1), dtype=torch.float64)

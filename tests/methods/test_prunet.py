@@ -3,7 +3,7 @@
 import copy
 import math
 from collections import OrderedDict, defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from netsmith import gates
 from netsmith.architecture import enumerate_architectures
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
+from netsmith.cost.budget import Budget
 from netsmith.cost.prices import expected
 from netsmith.decisions import Draw, OneOf, Width, decisions
 from netsmith.errors import UserError
@@ -323,6 +324,31 @@ def test_the_two_widths_learn_from_architecture_steps_alone():
     assert all(node.logits.abs().sum() > 0 for node in searcher.prunodes.values())
 
 
+def test_near_the_end_a_prunode_asks_for_less_confidence():
+    searcher = pruning(confidence=0.55, check_every=1)
+    optimizer = adam(searcher)
+    node = searcher.prunodes["body.slim.stage1_0.ir.hidden"]
+    with torch.no_grad():
+        node.logits.copy_(torch.tensor([0.53, 0.47]).log())
+    widest = node.high
+    searcher.stepped(0.8, optimizer)
+    assert node.high == widest
+    searcher.stepped(0.9, optimizer)  # half way down to 0.5: 0.525
+    assert node.high == widest - 1
+
+
+def test_noise_enters_the_mixture_and_not_the_expected_cost():
+    generator = torch.Generator().manual_seed(0)
+    for temperature in (0.0, 1.0):
+        searcher = lopsided(pruning(temperature=temperature))
+        layer, mixtures, excess = searcher.layers()["body.slim.stage1_0"], [], searcher.excess()
+        for _ in range(2):
+            searcher.draw(generator, learning=False)
+            mixtures.append(layer.drawn.weights)
+        assert torch.equal(*mixtures) == (temperature == 0)
+        assert searcher.excess() == excess
+
+
 def test_probabilities_sum_to_one_after_every_removal(monkeypatch):
     searcher = lopsided(pruning())
     optimizer = adam(searcher)
@@ -476,6 +502,28 @@ def test_nothing_is_removed_once_the_expected_cost_has_reached_the_target():
     assert searcher.kept == set(searcher.depth)
 
 
+@pytest.mark.parametrize(("progress", "margin"), [(0.5, 0.4), (0.75, 0.2), (1.0, 0.0)])
+def test_the_margin_falls_from_when_layers_may_go_to_nothing_at_the_end(progress, margin):
+    searcher = pruning(1e-3, layers_from=0.5, layer_margin=0.4, block_pruning=False)
+    optimizer = adam(searcher)
+    searcher.sweep(0.5, optimizer)
+    goes, stays = "body.slim.stage1_0", "body.slim.stage2_1"
+    for outside, decided in ((-0.01, False), (0.01, True)):
+        for path, s in ((goes, 0.5 - margin - outside), (stays, 0.5 + margin + outside)):
+            searcher.depth[path].data.fill_(math.log(s / (1 - s)))
+        if margin or decided:  # at the end nothing stays open
+            events = searcher.sweep(progress, optimizer)
+            assert [event["path"] for event in events] == [goes] * decided
+            assert (stays in searcher.kept) == decided
+
+
+def test_the_expected_cost_exceeds_when_any_budget_is_exceeded():
+    problem = problem_of()
+    for limits, over in (((1e9, 1.0), True), ((1e-9, 1e9), True), ((1e9, 1e9), False)):
+        budgets = [Budget("latency", limits[0], "ms"), Budget("params", limits[1], "")]
+        assert (Pruning(PruNet(headroom=0.0), problem, budgets, {"body": "slim"}).excess() > 0) == over
+
+
 def test_a_clear_layer_is_kept_for_good():
     searcher = pruning(block_pruning=False)
     optimizer = adam(searcher)
@@ -484,6 +532,9 @@ def test_a_clear_layer_is_kept_for_good():
     searcher.sweep(0.5, optimizer)
     assert searcher.kept == {"body.slim.stage1_1"}
     assert all(parameter is not searcher.depth["body.slim.stage1_1"] for parameter in searcher.parameters())
+    searcher._mix(gates.softmax, torch.Generator())
+    ran = {path: {layer.options[i] for i in layer.drawn.indices} for path, layer in searcher.layers().items()}
+    assert {path for path in searcher.depth if "skip" not in ran[path]} == searcher.kept
 
 
 # The search as a whole ----------------------------------------------------------------------------------------------
@@ -509,6 +560,48 @@ def test_expected_latency_is_the_mean_over_all_networks(gated):
         mean, rel=1e-6
     )  # logits in single precision
     assert searcher.excess() == pytest.approx(mean / searcher.targets["latency"] - 1, rel=1e-6)
+
+
+def test_values_say_what_the_search_has_learned():
+    searcher = pruning(block_pruning=False)
+    searcher.sweep(0.5, adam(searcher))
+    gated, fixed = "body.slim.stage1_1", "body.slim.stage2_0"  # where the shape changes nothing can be skipped
+    with torch.no_grad():
+        searcher.depth[gated].fill_(0.0)  # s = 0.5
+        for path in (gated, fixed):
+            searcher.layers()[path].logits[:3] = torch.tensor([0.0, -1.0, -9.0])
+    node = searcher.prunodes[f"{gated}.ir.hidden"]
+    node.low, node.high = 1, 3
+    values = searcher.values()
+    assert values[gated] == pytest.approx({"ir": 0.05 + 0.5 * 2, "ir5": 0.05 + 0.5 * 1, "fused": 0.05, "skip": 0.0})
+    assert values[fixed] == pytest.approx({"ir": 2.05, "ir5": 1.05, "fused": 0.05})
+    widths = values[f"{gated}.ir.hidden"]  # 16 is the wider of the two that are left
+    assert [widths[n] for n in (4, 8, 16, 32)] == pytest.approx([math.log(1 / 4), math.log(1 / 2), 0, math.log(2) / 4])
+
+
+def test_a_restored_search_is_where_it_was():
+    searcher, again = (pruning(copies="separate") for _ in range(2))
+    optimizer = adam(lopsided(searcher))
+    searcher.stepped(0.5, optimizer)
+    searcher.sweep(0.5, optimizer)
+    kept = "body.slim.stage1_1"
+    searcher.depth[kept].data.fill_(9.0)
+    searcher.sweep(0.5, optimizer)
+    moving, closing = list(searcher._alive_prunodes().values())[:2]
+    for _ in range(2):
+        lean(moving, 1)
+        moving.move(0.6, momentum=True)
+    lean(closing, 1)
+    closing.close()
+    assert (searcher.kept, moving.speed, moving.closed, closing.second) == ({kept}, 2, False, None)
+
+    again.restore(searcher.state())
+    left, right = searcher.state(), again.state()
+    for name in ("supernet", "depth"):
+        mine, theirs = left.pop(name), right.pop(name)
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
+    assert right == left
 
 
 def brisk(searcher_options: dict, tmp_path, share: float = 0.3):
@@ -575,6 +668,59 @@ def test_removed_prunodes_free_their_weights():
     alive = {id(module) for module in searcher.supernet.modules()}
     for node in searcher.prunodes.values():
         assert id(node) in alive or not list(node.block.parameters())
+
+
+@dataclass
+class Rehearsal:
+    """A search in which nothing is trained: of a race the first entrant wins, and a supernet stays as it was made."""
+
+    supernets: dict[str, Pruning] = field(default_factory=dict)
+    races: dict[str, list[dict]] = field(default_factory=dict)
+
+    def learn(self, problem, run, name, make, steps, **_) -> Pruning:
+        self.supernets[name] = make()
+        return self.supernets[name]
+
+    def race(self, problem, run, name, entrants, *, epochs) -> list[tuple[dict, float]]:
+        self.races[name] = entrants
+        return [(architecture, 0.5) for architecture in entrants]
+
+
+@pytest.fixture
+def rehearse(monkeypatch, tmp_path):
+    def search(problem, **options) -> Rehearsal:
+        played = Rehearsal()
+        monkeypatch.setattr("netsmith.methods.prunet.learn", played.learn)
+        monkeypatch.setattr("netsmith.methods.prunet.race", played.race)
+        with new_run(tmp_path / "run") as run:
+            PruNet(**options).search(problem, run)
+        return played
+
+    return search
+
+
+def test_random_networks_at_the_budget_race_with_the_best_of_each_structure(rehearse):
+    problem = problem_of(shares=(0.3,))
+    entrants = rehearse(problem, starts=2, samples=1).races["start-0"]
+    assert [entrant["body"] for entrant in entrants[:2]] == ["slim", "broad"]
+    assert len(entrants) == 4
+    limit = problem.budgets[0][0].limit
+    assert all(0.97 * limit <= problem.latency.of(drawn) <= limit for drawn in entrants[2:])
+    assert entrants[2] != entrants[3]
+
+
+def test_what_the_supernet_was_built_around_is_a_finalist(rehearse):
+    races = rehearse(problem_of(shares=(0.3,)), starts=1, samples=1).races
+    start, (first, *found) = races["start-0"][0], races["finalists-0"]
+    assert first == start
+    assert len(found) == 1
+
+
+def test_a_shared_warm_up_takes_the_supernet_of_the_dearest_start(rehearse):
+    problem = problem_of(shares=(0.3, 0.6, 0.4))
+    supernets = rehearse(problem, starts=0, samples=1, headroom=0.0).supernets
+    assert supernets.keys() == {"warm-0", "prune-0", "prune-1", "prune-2"}
+    assert supernets["warm-0"].targets == supernets["prune-1"].targets
 
 
 # Fronts -------------------------------------------------------------------------------------------------------------

@@ -216,6 +216,13 @@ def test_a_limit_met_exactly_is_kept():
         assert allocate(values, [Limit(scaled, at_most - 1e-6 * size)]) != dearest
 
 
+def test_any_number_of_options_a_hair_above_the_limit_do_not_hide_the_one_within():
+    """A hair: 1e-7 of the limit, far more than rounding."""
+    prices = Prices(0.0, {"a": {"within": 1.0} | dict.fromkeys(range(200), 1.0 + 1e-7)})
+    values = {"a": {"within": 0.0} | {n: 1.0 + n for n in range(200)}}
+    assert allocate(values, [Limit(prices, 1.0)]) == {"a": "within"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,6 +1,7 @@
 """The supernet loop: it tells broken losses, follows structural edits, and mends optimizer state with them."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,97 @@ def searcher(kind: str, problem):
     if kind == "fbnet":
         return _Supernet(FBNet(), problem, problem.budgets[0], [{"body": "slim"}])
     return Pruning(PruNet(headroom=0.0), problem, problem.budgets[0], {"body": "slim"})
+
+
+class Witness:
+    """The smallest searcher: a linear network and one logit. It notes what the loop does with them."""
+
+    def __init__(self) -> None:
+        self.supernet = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
+        self.supernet.register_forward_hook(self._passed)
+        self.logit = nn.Parameter(torch.ones(1))
+        self.learning = False
+        self.passes: list[tuple[str, str]] = []
+        self.noise: list[float] = []
+
+    def _passed(self, module, inputs, output) -> None:
+        self.passes.append(("architecture" if self.learning else "weights", "bright" if inputs[0].any() else "dark"))
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.logit]
+
+    def draw(self, generator: torch.Generator, *, learning: bool) -> None:
+        self.learning = learning
+        self.noise.append(torch.rand((), generator=generator).item())
+
+    def objective(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss + self.logit.sum()
+
+    def stepped(self, progress: float, optimizer: torch.optim.Optimizer) -> None: ...
+
+    def sweep(self, progress: float, optimizer: torch.optim.Optimizer) -> list[dict]:
+        return []
+
+
+def witnessed(task=None, **steps) -> differentiable._Loop:
+    """64 images to train on and 32 to search on, in batches of 16."""
+    problem = problem_of(task=task or stripes(64))
+    return differentiable._Loop(problem, Witness(), Steps(**{"epochs": 4, "batch_size": 16, **steps}))
+
+
+def test_weights_learn_on_train_and_after_the_warm_up_the_architecture_on_search():
+    task = replace(stripes(64), mean=(0.0,))
+    task.splits["train"].source.fill_(0)
+    task.splits["search"].source.fill_(255)
+    loop = witnessed(task, warmup_epochs=1)
+    weights_only = [("weights", "dark")] * 4
+    loop.train_epoch(0)
+    assert loop.searcher.passes == weights_only
+    loop.train_epoch(0)
+    assert loop.searcher.passes == [*weights_only, *weights_only, *[("architecture", "bright")] * 2]
+
+
+def test_the_rate_of_the_weights_falls_along_a_cosine():
+    loop, rates = witnessed(learning_rate=0.1), []
+    for _ in range(4):
+        entry, _ = loop.train_epoch(0)
+        assert loop.weights.param_groups[0]["lr"] == entry["learning_rate"]
+        rates.append(entry["learning_rate"])
+    assert rates == pytest.approx([0.1, 0.05 + 0.05 * math.sqrt(0.5), 0.05, 0.05 - 0.05 * math.sqrt(0.5)])
+
+
+def test_a_steep_loss_does_not_throw_the_weights_far():
+    steep = replace(stripes(64), std=(1e-4,))
+    loop = witnessed(steep, batch_size=64, learning_rate=0.1, momentum=0.9, weight_decay=0.0)
+    before = nn.utils.parameters_to_vector(loop.searcher.supernet.parameters()).detach()
+    loop.train_epoch(0)
+    moved = nn.utils.parameters_to_vector(loop.searcher.supernet.parameters()).detach() - before
+    # One step of rate 0.1 along a gradient cut to length 5; Nesterov counts the first gradient 1 + 0.9 times.
+    assert moved.norm().item() == pytest.approx(0.1 * 1.9 * 5, rel=1e-4)
+
+
+def test_every_pass_draws_noise_of_its_own_and_a_repeated_search_the_same():
+    first, again = witnessed(warmup_epochs=1), witnessed(warmup_epochs=1)
+    for loop in (first, again):
+        loop.train_epoch(0)
+        loop.train_epoch(0)
+    noise = first.searcher.noise
+    assert len(set(noise)) == len(noise) == 4 + 4 + 2
+    assert again.searcher.noise == noise
+
+
+def test_a_logit_turns_quickly_and_fades_where_nothing_holds_it():
+    loop = witnessed(architecture_rate=0.1, architecture_decay=0.0)
+    logit = loop.searcher.logit
+    for gradient in (1.0, -1.0):
+        logit.grad = torch.tensor([gradient])
+        loop.architecture.step()
+    # Adam with beta_1 = 0.5: after 1 and -1 the mean is (-1 + 0.5) / (1 + 0.5), so the second step goes back already.
+    assert logit.item() == pytest.approx(1 - 0.1 + 0.1 / 3, abs=1e-6)
+    loop = witnessed(architecture_rate=0.1)
+    loop.searcher.logit.grad = torch.zeros(1)
+    loop.architecture.step()
+    assert loop.searcher.logit.item() == pytest.approx(1 - 0.1, abs=1e-4)  # Adam's first step has the rate's size
 
 
 @pytest.mark.parametrize("kind", ["fbnet", "prunet"])

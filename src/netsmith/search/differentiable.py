@@ -140,7 +140,7 @@ class _Loop:
             lr=steps.learning_rate,
             momentum=steps.momentum,
             weight_decay=steps.weight_decay,
-            nesterov=True,
+            nesterov=steps.momentum > 0,
         )
         self.architecture = torch.optim.Adam(
             [{"params": searcher.parameters()}],  # as a group it may be empty: nothing open from the start
