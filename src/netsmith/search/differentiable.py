@@ -22,6 +22,7 @@ from netsmith.decisions import Decision, Option
 from netsmith.errors import UserError
 from netsmith.run import Run
 from netsmith.search.problem import Problem
+from netsmith.train.allocator import keep_freed_memory
 from netsmith.train.checkpoint import load_state, save_state
 
 
@@ -104,6 +105,7 @@ def learn(
 
     Raises: UserError when the loss is no longer finite, naming epoch and step.
     """
+    keep_freed_memory()
     last = steps.epochs if until is None else until
     searcher = make()
     checkpoint = run.checkpoint(f"{name}.pt")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from netsmith.errors import UserError
 from netsmith.tasks.classification import Task, steps
+from netsmith.train.allocator import keep_freed_memory
 from netsmith.train.checkpoint import load_state, save_state
 from netsmith.train.optimizers import Average, make_optimizer
 from netsmith.train.recipe import Recipe
@@ -52,6 +53,7 @@ def train(
     """
     if recipe.distillation and teacher is None:
         raise UserError(f"recipe.distillation is {recipe.distillation}, but there is no teacher to learn from")
+    keep_freed_memory()
     for network in (module, *([] if teacher is None else [teacher])):
         # Channels last: small networks train about twice as fast on the CPU.
         network.to(device=torch.device(device), memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
