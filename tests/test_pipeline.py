@@ -249,6 +249,16 @@ def test_peak_memory_alone_is_a_budget(method, table, tmp_path):
     assert result["kept"]
 
 
+def test_the_reference_is_trained_only_where_something_is_relative_to_it(table, tmp_path):
+    budget = ("params<=100k", "latency<=1ms")
+    result = finish(tmp_path / "run", table, method="random", budget=budget)
+    has(result["reference"], {"metric": None, "cost": COST})
+    assert result["reference"]["metric"]["test"] is None
+    assert result["cost"]["params"] <= 100_000 < result["reference"]["cost"]["params"]
+    trained = {event["which"] for event in read_events(tmp_path / "run") if event["kind"] == "train_epoch"}
+    assert trained == {"found-0"}
+
+
 def test_the_reference_teaches_where_the_recipe_distils(table, tmp_path, monkeypatch):
     taught = {}
 

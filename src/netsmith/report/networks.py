@@ -119,7 +119,8 @@ def networks(result: dict[str, Any], label: str = "found") -> list[Network]:
     reference = pick(result, "reference")
     listed = []
     if isinstance(reference, dict):
-        listed.append(Network("reference", "reference", reference, reference, metric))
+        note = "not trained" if score(reference) is None else ""
+        listed.append(Network("reference", "reference", reference, reference, metric, note))
     for member in members:
         name = f"{label}, {asked(member)}" if len(members) > 1 else label
         listed.append(Network("found", name, member, reference, metric, kept=pick(member, "kept")))
