@@ -369,6 +369,12 @@ def test_measure_a_run_and_a_file(real_run, capsys):
     assert "ms (95 % interval" in capsys.readouterr().out
 
 
+def test_measure_says_what_was_timed(real_run, capsys):
+    for device, name in (("ort-cpu", "model.onnx"), ("torch-cpu", "weights.safetensors")):
+        assert main(["measure", str(real_run), "--device", device, "--seconds", "0.5"]) == 0
+        assert capsys.readouterr().out.startswith(f"{real_run / name}: ")
+
+
 def test_ship_again(real_run, capsys):
     code = main(["ship", str(real_run), "--json"])
     assert code == (0 if json.loads(capsys.readouterr().out)["kept"] else 3)

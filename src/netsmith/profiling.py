@@ -39,8 +39,10 @@ def measure_files(target: Path, device_name: str, seconds: float) -> dict[str, A
     timed: dict[str, Callable[[], object]] = {}
     for file in places:
         shape = input_shape(file)
-        source = file if isinstance(device, OrtCpu) or target.is_file() else load(file.parent)
-        timed[str(file)] = device.load(source, shape)
+        if isinstance(device, OrtCpu) or target.is_file():
+            timed[str(file)] = device.load(file, shape)
+        else:
+            timed[str(file.with_name("weights.safetensors"))] = device.load(load(file.parent), shape)
     networks = [
         {
             "file": file,
