@@ -21,7 +21,7 @@ from netsmith.listing import method_table
 from netsmith.methods import METHODS
 from netsmith.options import read_config
 from netsmith.prepare import check
-from netsmith.run import Run
+from netsmith.run import Run, load_yaml, read_events
 
 HEAVY = ["torch", "torchvision", "timm", "scipy", "optuna"]
 
@@ -336,7 +336,7 @@ def real_run(tmp_path_factory):
         yield folder / "run"
 
 
-def test_the_result_has_what_the_issue_lists(real_run):
+def test_the_result_says_all_that_it_should(real_run):
     result = json.loads((real_run / "result.json").read_text())
     for key in ("method", "space", "task", "seed", "parity_max_abs_diff"):
         assert result[key] is not None
@@ -409,6 +409,19 @@ def test_train_again_gives_the_same_network(real_run, capsys):
     assert main(["train", str(real_run), "--json"]) in (0, 3)
     capsys.readouterr()
     assert (real_run / "weights.safetensors").read_bytes() == before
+
+
+def test_train_longer(real_run, capsys, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(real_run, folder)
+    assert main(["train", str(folder), "--epochs", "0"]) == 2
+    assert "epochs is 0; allowed: 1 or more" in capsys.readouterr().err
+    assert main(["train", str(folder), "--epochs", "2", "--json"]) in (0, 3)
+    result = json.loads(capsys.readouterr().out)
+    assert result["architecture"] == json.loads((real_run / "result.json").read_text())["architecture"]
+    assert load_yaml((folder / "problem.yaml").read_text())["recipe"]["epochs"] == 2
+    trained = [event["epoch"] for event in read_events(folder) if event["kind"] == "train_epoch"]
+    assert trained[-2:] == [1, 2]
 
 
 def test_profile(real_run, capsys):

@@ -131,8 +131,8 @@ def _parse(name: str, arguments: list[str]) -> Verb | None:
             raise UserError(f"{_sentence(printed.getvalue())} (see netsmith {name} --help)") from None
         return None
     if rest:
-        hidden = (*IN_A_FILE, "unless_given")
-        flags = ["--" + field.name.replace("_", "-") for field in fields(kind) if field.name not in hidden]
+        unnamed = (*IN_A_FILE, "unless_given", "folder", "target", "what")
+        flags = ["--" + field.name.replace("_", "-") for field in fields(kind) if field.name not in unnamed]
         raise (
             unknown(f"option of {name}", rest[0], flags)
             if rest[0].startswith("-")

@@ -26,5 +26,5 @@ def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:
     """
     names = list(allowed)
     near = get_close_matches(given, names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return UserError(f"unknown {kind} {given!r}; {hint}(allowed: {', '.join(names)})")
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UserError(f"unknown {kind} {given!r}{hint} (allowed: {', '.join(names)})")

@@ -377,12 +377,18 @@ def _judged(
     )
 
 
-def retrain(run: Run, say: Say) -> dict:
-    """Train and ship the networks of a finished search once more; returns the content of `result.json`."""
+def retrain(run: Run, say: Say, epochs: int | None = None) -> dict:
+    """Train and ship the networks of a finished search once more; returns the content of `result.json`.
+
+    ``epochs``: of this and any later training, in place of the recipe's.
+    """
     run.read_json("result.json")  # UserError where the search is not finished
-    Job(run, say).open()
+    job = Job(run, say)
+    job.open()
+    recipe = replace(job.recipe, epochs=job.recipe.epochs if epochs is None else epochs)
     for old in (*run.path.glob("stages/ship-*.json"), *run.path.glob("checkpoints/train-*.pt")):
         old.unlink()
+    run.amend(recipe=asdict(recipe))
     return search(run, say)
 
 

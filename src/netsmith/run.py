@@ -196,6 +196,12 @@ class Run:
         """Let another process have the run."""
         self._close()
 
+    def amend(self, **asked: Any) -> None:
+        """Let `problem.yaml` ask for something else from now on; what has been computed stays."""
+        self.problem |= asked
+        with _room_for(self.path), _writing(self.path / "problem.yaml") as temporary:
+            temporary.write_text(dump_yaml({"format": FORMAT, **self.problem}), encoding="utf-8")
+
     def discard(self) -> None:
         """Delete the folder, unless something has been searched or trained in it: a run that can have no result."""
         if not {file.stem for file in self.path.glob("stages/*.json")} - {"profile", "reference"}:

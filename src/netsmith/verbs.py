@@ -118,6 +118,8 @@ class Train:
 
     folder: RunFolder
     """The folder of the run."""
+    epochs: Annotated[int | None, Later] = None
+    """Passes of the training from now on (default: as it was)."""
     json: bool = False
     """Print one JSON object on stdout, the content of result.json."""
 
@@ -126,7 +128,7 @@ class Train:
         from netsmith.prepare import open_run
 
         with open_run(self.folder) as run, resumable(run), Console() as say:
-            return finished(self.folder, retrain(run, say))
+            return finished(self.folder, retrain(run, say, self.epochs))
 
 
 @dataclass(frozen=True, kw_only=True)
