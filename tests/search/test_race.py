@@ -61,6 +61,14 @@ def test_those_that_went_further_stand_first(scores, tmp_path):
     assert ranking == [({"a": 2}, 0.2), ({"a": 1}, 0.6), ({"a": 0}, 0.5)]
 
 
+def test_what_has_shown_itself_before_reaches_the_end(scores, tmp_path):
+    trained = scores(lambda architecture: 0.1 * architecture["a"])
+    with new_run(tmp_path / "run") as run:
+        ranking = race(problem_of(), run, "x", ENTRANTS, epochs=(1, 4), always=[{"a": 0}])
+    assert [architecture for architecture, epochs in trained if epochs == 4] == [dumps({"a": n}) for n in (8, 7, 6, 0)]
+    assert [architecture["a"] for architecture, _ in ranking] == [8, 7, 6, 0, 5, 4, 3, 2, 1]
+
+
 class Killed(BaseException):
     pass
 

@@ -111,7 +111,8 @@ class PruNet:
         values = prefer(searcher.values(), chosen, 1e3)
         generator = torch.Generator().manual_seed(run.seed(f"finalists-{number}"))
         drawn = finalists(problem, budgets, values, self.samples, generator, self.noise, still=searcher.still)
-        best, _ = race(problem, run, f"finalists-{number}", [start, *drawn], epochs=self.race_epochs)[0]
+        entrants = [start, *drawn]
+        best, _ = race(problem, run, f"finalists-{number}", entrants, epochs=self.race_epochs, always=[start])[0]
         return prefer(values, best, 1e3)
 
     def _opened(self, problem: Problem, start: Architecture) -> dict[str, Option]:

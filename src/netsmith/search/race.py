@@ -26,8 +26,10 @@ def race(
     *,
     epochs: Sequence[int] = (2,),
     keep: int = 3,
+    always: Collection[Architecture] = (),
 ) -> list[tuple[Architecture, float]]:
-    """Train every entrant for ``epochs[0]``, the best ``1/keep`` of them for ``epochs[1]``, and so on.
+    """Train every entrant for ``epochs[0]``, the best ``1/keep`` of them for ``epochs[1]``, and so on; entrants in
+    ``always``, which have shown themselves before, whatever they score.
 
     Each training is a whole short schedule on ``train``, scored on ``search``. Returns entrants with their last score
     (accuracy, 0 to 1), best first; those that went further stand before those that did not. Every training is a stage
@@ -43,8 +45,11 @@ def race(
             scored.append((architecture, score))
             run.progress(f"short trainings ({name})", number + 1, len(standing), f"accuracy {score:.3f}")
         scored.sort(key=lambda entry: -entry[1])
-        ranking = scored + ranking[len(scored) :]
-        standing = [architecture for architecture, _ in scored[: max(1, -(-len(scored) // keep))]]
+        ranking = scored + [(architecture, score) for architecture, score in ranking if architecture not in standing]
+        best = [architecture for architecture, _ in scored[: max(1, -(-len(scored) // keep))]]
+        standing = best + [
+            architecture for architecture in standing if architecture in always and architecture not in best
+        ]
     return ranking
 
 
