@@ -681,7 +681,7 @@ class Rehearsal:
         self.supernets[name] = make()
         return self.supernets[name]
 
-    def race(self, problem, run, name, entrants, *, epochs) -> list[tuple[dict, float]]:
+    def race(self, problem, run, name, entrants, **_) -> list[tuple[dict, float]]:
         self.races[name] = entrants
         return [(architecture, 0.5) for architecture in entrants]
 
