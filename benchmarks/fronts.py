@@ -67,8 +67,9 @@ class Quiet:
 def method_options(name: str, key: dict, job: Job) -> dict:
     if name != "best_of":
         return SEARCHES.get(name, {})
-    seconds = sum(r["search_cpu_seconds"] for r in load() if {n: r[n] for n in key} == key | {"method": "prunet"})
-    assert seconds, "best_of needs PruNet's search with this seed: it gets as many processor seconds"
+    prunet = [r for r in load() if {n: r[n] for n in key} == key | {"method": "prunet"}]
+    assert len(prunet) == len(job.budgets), "best_of gets the processor seconds of PruNet's rows with this seed: run it"
+    seconds = sum(r["search_cpu_seconds"] for r in prunet)
     each = job.run.once("seconds-per-candidate", lambda: seconds_per_candidate(job))
     return {"candidates": max(3, round(seconds / each)), "epochs": RANKING_EPOCHS}
 
