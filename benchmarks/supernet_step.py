@@ -106,23 +106,22 @@ def ours(name: str) -> tuple[Step, Step | None]:
         option = {"largest": "k5_e6", "fixed": "k3_e3"}[kind]
         return plain_step(network(lambda i, o, s: blocks(i, o, s)[option])), None
 
-    from netsmith.methods.fbnet import FBNet, _Supernet
+    from netsmith.methods.fbnet import FBNet, Stochastic
     from netsmith.methods.prunet import PruNet, Pruning
-    from netsmith.search.differentiable import Steps, _Loop
+    from netsmith.search.differentiable import Loop, Steps
 
     if kind == "fbnet":
         from netsmith.decisions import OneOf
 
         problem = problem_of(lambda: network(lambda i, o, s: OneOf(blocks(i, o, s))))
-        searcher = _Supernet(FBNet(paths=options[0]), problem, problem.budgets[0], [])
+        searcher = Stochastic(FBNet(paths=options[0]), problem, problem.budgets[0], [])
     else:
         count = int(options[1]) if len(options) > 1 else 0
         problem = problem_of(lambda: network(open_widths(count)))
         method = PruNet(copies=options[0], headroom=0.0, check_every=10**9)
         searcher = Pruning(method, problem, problem.budgets[0], {})
-    loop = _Loop(problem, searcher, Steps(epochs=1000, warmup_epochs=100))  # nothing is pruned
-    generator = torch.Generator().manual_seed(0)
-    return lambda: loop.train_epoch(0), lambda: loop._learn_architecture(generator, 0)
+    loop = Loop(problem, searcher, Steps(epochs=1000, warmup_epochs=100))  # nothing is pruned
+    return lambda: loop.train_epoch(0), lambda: loop.architecture_epoch(0)
 
 
 def problem_of(build: Callable[[], nn.Module]):
@@ -312,7 +311,7 @@ def over_a_search(copies: str, headroom: float, epochs: int, steps: int) -> dict
     The structure after each epoch is what counts; each time is a ratio to the largest network's step right before it.
     """
     from netsmith.methods.prunet import PruNet, Pruning
-    from netsmith.search.differentiable import Steps, _Loop
+    from netsmith.search.differentiable import Loop, Steps
     from netsmith.search.sampling import capacity
     from netsmith.tasks import open_task
 
@@ -323,7 +322,7 @@ def over_a_search(copies: str, headroom: float, epochs: int, steps: int) -> dict
     problem.task = task.without_test()
     start = problem.allocate(capacity(problem), problem.budgets[0])
     searcher = Pruning(PruNet(copies=copies, headroom=headroom), problem, problem.budgets[0], start)
-    loop = _Loop(problem, searcher, Steps(epochs=epochs, warmup_epochs=epochs // 5, batch_size=small))
+    loop = Loop(problem, searcher, Steps(epochs=epochs, warmup_epochs=epochs // 5, batch_size=small))
     largest = ours("largest")[0]
     batch, found = Batch(), []
     generator = torch.Generator().manual_seed(1)

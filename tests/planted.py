@@ -137,8 +137,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "best_of": {"candidates": 3, "epochs": 1},
     "prunet": {
         "steps": {**BRISK, "epochs": 6},
-        "samples": 2,
-        "race_epochs": [1],
+        "finals": {"samples": 2, "epochs": [1]},
         "check_every": 1,
         "headroom": 0.0,
         "layers_from": 0.3,
@@ -146,9 +145,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "layer_start": 0.5,
         "cost": {"weight": 4.0},
     },
-    "fbnet": {"steps": BRISK, "samples": 2, "race_epochs": [1]},
+    "fbnet": {"steps": BRISK, "finals": {"samples": 2, "epochs": [1]}},
+    "proxylessnas": {"steps": BRISK, "finals": {"samples": 2, "epochs": [1]}},
+    "darts": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}},
+    "rarts": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}},
+    "darts+second": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}, "order": "second"},
+    "proxylessnas+binary": {"steps": BRISK, "finals": {"samples": 2, "epochs": [1]}, "gradient": "binary"},
+    "proxylessnas+reinforce": {"steps": BRISK, "finals": {"samples": 2, "epochs": [1]}, "gradient": "reinforce"},
 }
-"""What makes a method that trains brisk."""
+"""What makes a method that trains brisk; what stands after a plus is a variant of the method before it."""
 
 
 @dataclass
@@ -177,7 +182,7 @@ def search(method: str, path: Path, seed: int = 0, problem: Problem | None = Non
     """Search in a new folder, or go on in one that was left."""
     problem = problem or problem_of(task=stripes(64))
     with new_run(path, seed) as run:
-        values = make_method(method, {**OPTIONS.get(method, {}), **options}).search(problem, run)
+        values = make_method(method.split("+")[0], {**OPTIONS.get(method, {}), **options}).search(problem, run)
     architectures = [problem.allocate(v, b) for v, b in zip(values, problem.budgets, strict=True)]
     tensors = {file.name: load_state(file)["searcher"]["supernet"] for file in (path / "checkpoints").glob("*.pt")}
     return Outcome(values, architectures, (path / "events.jsonl").read_bytes(), tensors)

@@ -301,7 +301,7 @@ def test_a_bug_is_one_line_and_its_traceback_a_file(pipeline, capsys, monkeypatc
 
 
 def test_flags_override_the_file(pipeline, capsys):
-    Path("asked.yaml").write_text("budget: [latency<=0.3x]\nmethod: fbnet\nseed: 5\nmethod_options: {samples: 2}\n")
+    Path("asked.yaml").write_text("budget: [latency<=0.3x]\nmethod: fbnet\nseed: 5\nmethod_options: {temperature: 2}\n")
     pipeline(answering(RESULT))
     assert main(["search", "--config", "asked.yaml", "--seed", "6", "--out", "here", "--baselines"]) == 0
     with Run.open("here") as run:
@@ -309,7 +309,7 @@ def test_flags_override_the_file(pipeline, capsys):
         assert run.problem["method"] == "fbnet"
         assert run.problem["budget"] == ["latency<=0.3x"]
         assert run.problem["baselines"] == []
-        assert run.problem["method_options"] == {"samples": 2}
+        assert run.problem["method_options"] == {"temperature": 2}
     budgets = ["--budget", "params<=1M", "--budget=latency<=0.2x,0.4x"]
     assert main(["search", "--config=asked.yaml", "--out", "there", *budgets]) == 0
     with Run.open("there") as run:

@@ -18,6 +18,8 @@ GATES = {
     "cold gumbel": gates.Gumbel(1e-3),
     "single": gates.single_path,
     "uniform": gates.uniform_path,
+    "binary": gates.binary,
+    "two paths": gates.two_path,
 }
 LOGITS = torch.tensor([0.5, -0.3, 1.2, 0.0], dtype=torch.float64)
 
@@ -41,7 +43,7 @@ def frequencies(gate, draws: int = 10_000) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     counts = torch.zeros(len(LOGITS))
     for _ in range(draws):
-        indices, weights = gate(LOGITS, generator)
+        indices, weights, _ = gate(LOGITS, generator)
         counts[indices[int(weights.argmax())]] += 1
     return counts
 
@@ -52,12 +54,25 @@ def frequencies(gate, draws: int = 10_000) -> torch.Tensor:
         (gates.Gumbel(1e-6), LOGITS.softmax(0)),
         (gates.single_path, LOGITS.softmax(0)),
         (gates.uniform_path, torch.full((4,), 0.25)),
+        (gates.binary, LOGITS.softmax(0)),
     ],
-    ids=["gumbel", "single", "uniform"],
+    ids=["gumbel", "single", "uniform", "binary"],
 )
 def test_frequencies_are_the_probabilities(gate, p):
     counts = frequencies(gate)
     assert chisquare(counts.numpy(), (p * counts.sum()).numpy(), sum_check=False).pvalue > 1e-3
+
+
+def test_of_two_paths_the_active_one_is_drawn_by_their_own_odds():
+    generator, counts = torch.Generator().manual_seed(0), {}
+    for _ in range(6000):
+        active, other = gates.two_path(LOGITS, generator).indices
+        first, second = sorted((active, other))
+        counts.setdefault((first, second), [0, 0])[active == second] += 1
+    assert len(counts) == 6
+    for pair, seen in counts.items():
+        odds = LOGITS[list(pair)].softmax(0) * sum(seen)
+        assert chisquare(seen, odds.numpy(), sum_check=False).pvalue > 1e-4
 
 
 def test_cold_gumbel_is_one_hot_and_never_nan():
@@ -80,7 +95,7 @@ def test_warm_gumbel_is_flat():
 def test_gradient_is_that_of_the_softmax(name):
     logits = LOGITS.clone().requires_grad_()
     values = torch.tensor([3.0, -1.0, 2.0, 5.0], dtype=torch.float64)
-    _, weights = GATES[name](logits, torch.Generator().manual_seed(0))
+    _, weights, _ = GATES[name](logits, torch.Generator().manual_seed(0))
     (weights @ values).backward()
     assert logits.grad is not None
     m = weights.detach()

@@ -1,5 +1,6 @@
 """Options from YAML, strictly; methods by name; and what a run's problem.yaml says of them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,11 +67,11 @@ def test_every_method_is_made_by_name(name):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"sampels": 1}, "method_options.sampels: unknown; did you mean samples?"),
+        ({"finals": {"sampels": 1}}, "method_options.finals.sampels: unknown; did you mean samples?"),
         ({"steps": {"epoch": 1}}, "method_options.steps.epoch: unknown; did you mean epochs?"),
         ({"steps": {"epochs": "1"}}, "method_options.steps.epochs: '1' was given"),
         ({"cost": {"form": "powr"}}, "method_options.cost.form: 'powr' was given; it should be 'relative' or 'power'"),
-        ({"race_epochs": [1, "x"]}, "method_options.race_epochs.1: 'x' was given"),
+        ({"finals": {"epochs": [1, "x"]}}, "method_options.finals.epochs.1: 'x' was given"),
     ],
 )
 def test_method_options_are_strict(options, said):
@@ -80,8 +81,16 @@ def test_method_options_are_strict(options, said):
 
 
 def test_method_options_become_what_the_fields_are():
-    made = make_method("fbnet", {"race_epochs": [1, 3], "steps": {"epochs": 7}, "noise": 1})
-    assert (made.race_epochs, made.steps.epochs, made.noise) == ((1, 3), 7, 1.0)
+    made = make_method("fbnet", {"finals": {"epochs": [1, 3]}, "steps": {"epochs": 7}, "temperature": 1})
+    assert (made.finals.epochs, made.steps.epochs, made.temperature) == ((1, 3), 7, 1.0)
+
+
+def test_a_part_of_nested_options_leaves_the_rest_as_the_method_has_it():
+    given = make_method("prunet", {"finals": {"samples": 2}, "cost": {"form": "power"}})
+    default = make_method("prunet")
+    assert given.finals == replace(default.finals, samples=2)
+    assert given.cost == replace(default.cost, form="power")
+    assert default.cost.weight != make_method("fbnet").cost.weight  # so there was something to lose
 
 
 def test_an_unknown_method():
@@ -93,7 +102,7 @@ def test_an_unknown_method():
     ("method", "options", "said"),
     [
         ("best_of", {"candidates": 0}, "candidates: 0 was given; it should be greater than 0"),
-        ("prunet", {"race_epochs": []}, "race_epochs: [] was given; it"),
+        ("prunet", {"finals": {"epochs": []}}, "finals.epochs: [] was given; it"),
         ("prunet", {"check_every": 0}, "check_every: 0 was given"),
         ("prunet", {"headroom": -1}, "headroom: -1 was given; it should be greater than or equal to 0"),
         ("prunet", {"layer_start": 1.0}, "layer_start: 1.0 was given; it should be less than 1"),
@@ -176,7 +185,7 @@ def test_the_task_decides_the_shape_of_the_space(tmp_path):
         ({"method": None}, "method: None was given"),
         ({"budgets": ["params<=1k"]}, "budgets: unknown; did you mean budget?"),
         ({"recipe": {"speed": 3}}, "recipe.speed: unknown"),
-        ({"method_options": {"samples": 0}}, "method_options.samples: 0 was given"),
+        ({"method_options": {"starts": -1}}, "method_options.starts: -1 was given"),
     ],
 )
 def test_a_run_in_another_versions_words_is_named(tmp_path, change, said):

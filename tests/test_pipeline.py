@@ -22,7 +22,7 @@ from netsmith.tasks.classification import Task
 
 SPACE = {"depth": 2, "expansion": 2}
 STEPS = {"epochs": 2, "warmup_epochs": 1, "batch_size": 256}
-TINY = {"steps": STEPS, "samples": 1, "race_epochs": [1]}
+TINY = {"steps": STEPS, "finals": {"samples": 1, "epochs": [1]}}
 RECIPE = {"epochs": 1, "batch_size": 256, "ema": None}
 
 
@@ -240,7 +240,7 @@ def test_a_budget_below_the_smallest_network_is_said_before_anything_is_trained(
 
 @pytest.mark.parametrize("method", ["random", "prunet"])
 def test_peak_memory_alone_is_a_budget(method, table, tmp_path):
-    steps = {"fbnet": {"steps": STEPS, "samples": 1, "race_epochs": [1]}, "prunet": TINY}
+    steps = {"fbnet": TINY, "prunet": TINY}
     options = {"method": method, "method_options": steps.get(method, {}), "budget": ("peak_memory<=0.8x",)}
     result = finish(tmp_path / "run", table, **options)
     (budget,) = result["budgets"]

@@ -27,6 +27,11 @@ class Draw(NamedTuple):
     indices: list[int]
     weights: Tensor
     """Shape ``(len(indices),)``; carries the gradient to the logits where the gate has one."""
+    binary: bool = False
+    """The first option alone is the output, the others weigh 0: they run for the gradient of the weights only."""
+
+    def pairs(self) -> Iterator[tuple[int, Tensor]]:
+        return zip(self.indices, self.weights, strict=True)
 
 
 class Decision(nn.Module):
@@ -91,16 +96,37 @@ class OneOf(Decision):
         return self.get_submodule(self.options[self.index(option)])
 
     def forward(self, x: Tensor) -> Tensor:
-        indices, weights = self.draw()
-        if len(indices) == 1 and not weights.requires_grad:
-            return self.candidate(self.options[indices[0]])(x)
-        outputs = (w * self.candidate(self.options[i])(x) for i, w in zip(indices, weights, strict=True))
+        indices, weights, binary = self.draw()
+        first, *others = [self.candidate(self.options[i]) for i in indices]
+        if binary or (not others and not weights.requires_grad):
+            y = first(x)
+            return _Watched.apply(y, weights, x, others) if weights.requires_grad else y  # pyright: ignore[reportReturnType]
+        outputs = (w * candidate(x) for candidate, w in zip([first, *others], weights, strict=True))
         return functools.reduce(torch.add, outputs)
 
     def remove(self, option: Option) -> list[int]:
         kept = super().remove(option)
         delattr(self, str(option))
         return kept
+
+
+class _Watched(torch.autograd.Function):
+    """y, the output of the only candidate that counts. On the way back the gradient of every gate is
+    dL/dg_j = <dL/dy, o_j(x)> (ProxylessNAS, arXiv:1812.00332, section 3.2), for which the others run then, one after
+    the other and without a graph: nothing of theirs is kept in between."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, weights: Tensor, x: Tensor, others: list[nn.Module]) -> Tensor:
+        ctx.save_for_backward(y, weights, x)
+        ctx.others = others
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        y, weights, x = ctx.saved_tensors
+        gates = [(grad * y).sum(), *((grad * other(x)).sum() for other in ctx.others)]
+        return grad, torch.stack(gates).to(weights), None, None
 
 
 class Width(Decision):
@@ -124,7 +150,7 @@ class Width(Decision):
         With widths n_i drawn with weights w_i, channel c counts with the sum of the w_i whose n_i exceeds it. As the
         layer after the mask is linear, this equals the mixture of the separately computed widths (FBNetV2's masks).
         """
-        indices, weights = self.draw()
+        indices, weights, _ = self.draw()
         drawn = [self.options[i] for i in indices]
         channels = max(drawn)
         if len(indices) == 1 and not weights.requires_grad:

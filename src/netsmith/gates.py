@@ -50,10 +50,35 @@ def uniform_path(logits: Tensor, generator: torch.Generator) -> Draw:
     return Draw([index], torch.ones(1, dtype=logits.dtype, device=logits.device))
 
 
+def binary(logits: Tensor, generator: torch.Generator) -> Draw:
+    """One option, drawn from the probabilities p, as a binary gate g: a weight of 1 that carries the gradient
+    dL/dalpha_i = sum_j dL/dg_j p_j (delta_ij - p_i), for which the others run as well (ProxylessNAS section 3.2)."""
+    active = int(torch.multinomial(logits.detach().softmax(0).cpu(), 1, generator=generator))
+    return _binary(logits, [active, *(i for i in range(len(logits)) if i != active)])
+
+
+def two_path(logits: Tensor, generator: torch.Generator) -> Draw:
+    """A `binary` gate between two options only, drawn by their probabilities (ProxylessNAS section 3.2.1): whatever
+    the number of options, two run."""
+    pair = torch.multinomial(logits.detach().softmax(0).cpu(), min(2, len(logits)), generator=generator).tolist()
+    chances = logits.detach()[pair].softmax(0).cpu()
+    active = int(torch.multinomial(chances, 1, generator=generator))
+    return _binary(logits, [pair[active], *(i for i in pair if i != pair[active])])
+
+
+def _binary(logits: Tensor, indices: list[int]) -> Draw:
+    q = logits[indices].softmax(0)
+    gates = torch.zeros_like(q)
+    gates[0] = 1
+    return Draw(indices, gates + (q - q.detach()), binary=True)
+
+
 def draw(model: nn.Module, gate: Gate | Mapping[str, Gate], generator: torch.Generator) -> None:
-    """Draw for every decision of ``model`` that the next pass reaches; with a mapping, one gate per decision path."""
+    """Draw for every decision of ``model`` that the next pass reaches, and forget what was drawn for the others; with a
+    mapping, one gate per decision path."""
     ran: set[tuple[str, Option]] = set()
     for path, decision, owner in walk(model):
+        decision.drawn = None
         if owner is None or owner in ran:
             decision.drawn = (gate[path] if isinstance(gate, Mapping) else gate)(decision.logits, generator)
             ran |= {(path, decision.options[i]) for i in decision.drawn.indices}

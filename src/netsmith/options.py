@@ -3,7 +3,7 @@
     task: fashion-mnist
     budget: [latency<=0.3x, params<=500k]
     method: fbnet
-    method_options: {samples: 10, steps: {epochs: 20}}
+    method_options: {finals: {samples: 10}, steps: {epochs: 20}}
     recipe: {learning_rate: 5e-2}
 
 A file holds the fields of `SearchOptions`; a `problem.yaml` of a run is such a file too, so a run can be repeated.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -111,7 +111,7 @@ def checked(kind: type[Options], data: dict[str, Any], path: str = "") -> Option
         raise UserError(key)
     try:
         # JSON, because strict Python mode takes no dict for a dataclass and no list for a tuple.
-        return TypeAdapter(kind).validate_json(json.dumps(data, default=str), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(_filled(kind, data), default=str), strict=True)
     except ValidationError as errors:
         error = errors.errors()[0]
         where = ".".join([path, *map(str, error["loc"])]).lstrip(".")
@@ -119,6 +119,16 @@ def checked(kind: type[Options], data: dict[str, Any], path: str = "") -> Option
             error["msg"].removeprefix("Input ").replace("a valid array", "a list").replace("an object", "a mapping")
         )
         raise UserError(f"{where}: {error['input']!r} was given; it {should}") from None
+
+
+def _filled(kind: Any, data: dict[str, Any]) -> dict[str, Any]:
+    """A dataclass inside that is given in part keeps the rest of what it is by default *here*, in this dataclass."""
+    filled = dict(data)
+    for each in fields(kind):
+        default = each.default_factory() if callable(each.default_factory) else each.default
+        if is_dataclass(default) and not isinstance(default, type) and isinstance(given := data.get(each.name), dict):
+            filled[each.name] = {**asdict(default), **_filled(type(default), given)}
+    return filled
 
 
 def _unknown(kind: Any, data: Any, path: str) -> Iterator[str]:

@@ -12,9 +12,10 @@ from netsmith.blocks.mobile import ConvBn, Head
 from netsmith.cost.prices import Prices, expected
 from netsmith.decisions import OneOf, decisions
 from netsmith.gates import Gumbel
-from netsmith.methods.fbnet import FBNet, _Supernet, restrict
+from netsmith.methods.fbnet import FBNet, Stochastic
 from netsmith.run import read_events
 from netsmith.search.differentiable import CostLoss, Steps, latency_factor, learn
+from netsmith.search.supernet import restrict
 
 
 def one_layer() -> nn.Module:
@@ -27,15 +28,15 @@ def twins() -> nn.Module:
     return nn.Sequential(OrderedDict(stem=ConvBn(1, 8, 3), layer=layer, head=Head(8, 16, 3)))
 
 
-def supernet(method: FBNet, build=twins, *, options=None, share: float = 1.0) -> _Supernet:
+def supernet(method: FBNet, build=twins, *, options=None, share: float = 1.0) -> Stochastic:
     prices = Prices(1.0, {"layer": options or {"dear": 2.0, "cheap": 1.0}}, "ms")
     problem = problem_of(build, shares=(share,), prices=prices)
-    return _Supernet(method, problem, problem.budgets[0], [])
+    return Stochastic(method, problem, problem.budgets[0], [])
 
 
 def test_the_mask_of_every_draw_sums_to_one():
     problem = problem_of()
-    searcher = _Supernet(FBNet(), problem, problem.budgets[0], [{"body": "slim"}, {"body": "broad"}])
+    searcher = Stochastic(FBNet(), problem, problem.budgets[0], [{"body": "slim"}, {"body": "broad"}])
     generator = torch.Generator().manual_seed(0)
     for searcher.progress in (0.0, 0.5, 1.0):
         for learning in (False, True):
@@ -43,14 +44,14 @@ def test_the_mask_of_every_draw_sums_to_one():
             for path, decision in decisions(searcher.supernet).items():
                 if decision.drawn is None:
                     continue  # inside the structure that does not run
-                indices, weights = decision.drawn
+                indices, weights, _ = decision.drawn
                 assert weights.sum().item() == pytest.approx(1, abs=1e-6)
                 assert len(indices) == (1 if path == "body" else len(decision.options))
 
 
 def test_with_one_path_weights_learn_in_single_blocks_and_the_architecture_in_all():
     problem = problem_of()
-    searcher = _Supernet(FBNet(paths="one"), problem, problem.budgets[0], [{"body": "slim"}])
+    searcher = Stochastic(FBNet(paths="one"), problem, problem.budgets[0], [{"body": "slim"}])
     layer = decisions(searcher.supernet)["body.slim.stage1_0"]
     for learning, count in ((False, 1), (True, len(layer.options))):
         searcher.draw(torch.Generator().manual_seed(0), learning=learning)
@@ -85,7 +86,7 @@ def test_the_gradient_of_the_expected_latency():
     assert torch.allclose(layer.logits.grad.double(), 0.7 * 0.2 * 0.6 * log**-0.4 / mean * inner, atol=1e-6)
 
 
-def latency_only(searcher: _Supernet, steps: int = 300) -> float:
+def latency_only(searcher: Stochastic, steps: int = 300) -> float:
     """Train theta where every option predicts equally well; the probability of the cheap one."""
     optimizer = torch.optim.Adam(searcher.parameters(), lr=0.01, weight_decay=5e-4)
     generator = torch.Generator().manual_seed(0)
@@ -122,7 +123,7 @@ def test_a_good_operation_beats_a_bad_one_in_under_300_steps(tmp_path):
             problem,
             run,
             "x",
-            lambda: _Supernet(FBNet(cost=CostLoss(form="power")), problem, problem.budgets[0], []),
+            lambda: Stochastic(FBNet(cost=CostLoss(form="power")), problem, problem.budgets[0], []),
             steps,
         )
     assert decisions(searcher.supernet)["layer"].logits.softmax(0)[0] > 0.9
@@ -139,7 +140,7 @@ def test_the_temperature_ends_where_the_papers_90_epochs_end(tmp_path):
             problem,
             run,
             "x",
-            lambda: _Supernet(FBNet(), problem, problem.budgets[0], []),
+            lambda: Stochastic(FBNet(), problem, problem.budgets[0], []),
             Steps(epochs=2, warmup_epochs=1),
         )
     assert ended.temperature == pytest.approx(5 * 0.956**90) == pytest.approx(5 * math.exp(-0.045 * 90), rel=1e-3)
@@ -155,7 +156,7 @@ def test_noise_fades_with_the_temperature():
 
 def test_one_supernet_serves_all_budgets(tmp_path):
     problem = problem_of(shares=(0.2, 0.4, 0.6, 0.8), task=stripes(64))
-    outcome = search("fbnet", tmp_path / "run", problem=problem, samples=1)
+    outcome = search("fbnet", tmp_path / "run", problem=problem, finals={"samples": 1, "epochs": [1]})
     assert set(outcome.tensors) == {"fbnet.pt"}
     trained = Counter(event["search"] for event in read_events(tmp_path / "run") if event["kind"] == "search_epoch")
     assert trained == {"fbnet": 4}
@@ -174,7 +175,7 @@ def test_a_structure_that_no_budget_chose_leaves_the_supernet():
 
 def test_values_do_not_punish_a_block_for_having_a_width_inside():
     problem = problem_of()
-    searcher = _Supernet(FBNet(), problem, problem.budgets[0], [{"body": "slim"}])
+    searcher = Stochastic(FBNet(), problem, problem.budgets[0], [{"body": "slim"}])
     values = searcher.values()  # nothing is learned yet: all blocks are equally likely
     for path, row in values.items():
         if path.startswith("body.slim") and path.endswith("hidden"):

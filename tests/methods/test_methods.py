@@ -25,7 +25,8 @@ from netsmith.tasks.classification import TestSplitTouched
 from netsmith.train.loop import evaluate, train
 
 EVERY = pytest.mark.parametrize("method", METHODS)
-TRAINING = pytest.mark.parametrize("method", [name for name in METHODS if name not in ("random", "capacity")])
+VARIANTS = [name for name in planted.OPTIONS if "+" in name]
+TRAINING = pytest.mark.parametrize("method", [*(m for m in METHODS if m not in ("random", "capacity")), *VARIANTS])
 """Methods that look at the data while they search."""
 
 
@@ -180,7 +181,7 @@ def test_the_search_that_is_killed_prunes_in_every_tier(tmp_path):
 def test_a_finished_search_is_not_repeated(undisturbed, tmp_path):
     whole = search_one_budget("prunet", tmp_path / "run")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(differentiable._Loop, "train_epoch", None)
+        patch.setattr(differentiable.Loop, "train_epoch", None)
         assert search_one_budget("prunet", tmp_path / "run").same(whole)
 
 
@@ -243,7 +244,7 @@ def planted_problem(good_kernel: int):
 @pytest.mark.parametrize("good_kernel", [3, 5], ids=["cheap", "dear"])
 def test_finds_the_block_that_works(method, good_kernel, tmp_path):
     steps = {"epochs": 8, "warmup_epochs": 2, "batch_size": 16, "architecture_rate": 0.05}
-    options = {"best_of": {"candidates": 12, "epochs": 4}}.get(method, {"steps": steps, "race_epochs": [4]})
+    options = {"best_of": {"candidates": 12, "epochs": 4}}.get(method, {"steps": steps, "finals": {"epochs": [4]}})
     found = search(method, tmp_path / "run", problem=planted_problem(good_kernel), **options)
     assert found.architectures == [WORKING]
 

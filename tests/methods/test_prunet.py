@@ -22,9 +22,9 @@ from netsmith.decisions import Draw, OneOf, Width, decisions
 from netsmith.errors import UserError
 from netsmith.methods.prunet import PruNet, Pruning, Prunode
 from netsmith.run import read_events
-from netsmith.search.differentiable import CostLoss, Steps, _Loop, learn, remove_option, weights
+from netsmith.search.differentiable import CostLoss, Loop, Steps, learn, remove_option, weights
 from netsmith.search.problem import prefer
-from netsmith.search.race import finalists
+from netsmith.search.race import Finals, finalists
 from netsmith.search.sampling import at_budget
 
 COPIES = pytest.mark.parametrize("separate", [False, True], ids=["shared", "separate"])
@@ -317,10 +317,9 @@ def test_the_two_widths_learn_from_architecture_steps_alone():
     assert len(own) + len(decisions(searcher.supernet)) + len(searcher.prunodes) == len(
         list(searcher.supernet.parameters())
     )
-    loop = _Loop(searcher.problem, searcher, Steps(epochs=1, warmup_epochs=0, batch_size=16))
-    generator = torch.Generator().manual_seed(0)
+    loop = Loop(searcher.problem, searcher, Steps(epochs=1, warmup_epochs=0, batch_size=16))
     searcher.method = PruNet(check_every=10**6)
-    loop._learn_architecture(generator, 0)
+    loop.architecture_epoch(0)
     assert all(node.logits.abs().sum() > 0 for node in searcher.prunodes.values())
 
 
@@ -549,7 +548,7 @@ def test_expected_latency_is_the_mean_over_all_networks(gated):
             d.data = torch.tensor(0.3 * i)
     searcher._mix(gates.softmax, torch.Generator())
     found, prices = decisions(searcher.supernet), searcher.problem.prices["latency"]
-    weight = {path: {d.options[i]: w.item() for i, w in zip(*d.draw(), strict=True)} for path, d in found.items()}
+    weight = {path: {d.options[i]: w.item() for i, w in d.draw().pairs()} for path, d in found.items()}
     total = mean = 0.0
     for architecture in enumerate_architectures(numbered()):
         probability = math.prod(weight[path].get(option, 0.0) for path, option in architecture.items())
@@ -646,7 +645,7 @@ def test_optimizers_follow_what_is_removed(copies, tmp_path):
     problem = problem_of(shares=(0.1,), task=stripes(64))
     method = PruNet(headroom=0.0, check_every=1, copies=copies, layers_from=0.3, layer_margin=0.1)
     searcher = Pruning(method, problem, problem.budgets[0], {"body": "slim"})
-    loop = _Loop(problem, searcher, Steps(**{**BRISK, "epochs": 5}))
+    loop = Loop(problem, searcher, Steps(**{**BRISK, "epochs": 5}))
     before = len(weights(searcher.supernet))
     for _ in range(5):
         loop.train_epoch(0)
@@ -701,7 +700,7 @@ def rehearse(monkeypatch, tmp_path):
 
 def test_random_networks_at_the_budget_race_with_the_best_of_each_structure(rehearse):
     problem = problem_of(shares=(0.3,))
-    entrants = rehearse(problem, starts=2, samples=1).races["start-0"]
+    entrants = rehearse(problem, starts=2, finals=Finals(samples=1)).races["start-0"]
     assert [entrant["body"] for entrant in entrants[:2]] == ["slim", "broad"]
     assert len(entrants) == 4
     limit = problem.budgets[0][0].limit
@@ -710,7 +709,7 @@ def test_random_networks_at_the_budget_race_with_the_best_of_each_structure(rehe
 
 
 def test_what_the_supernet_was_built_around_is_a_finalist(rehearse):
-    races = rehearse(problem_of(shares=(0.3,)), starts=1, samples=1).races
+    races = rehearse(problem_of(shares=(0.3,)), starts=1, finals=Finals(samples=1)).races
     start, (first, *found) = races["start-0"][0], races["finalists-0"]
     assert first == start
     assert len(found) == 1
@@ -718,7 +717,7 @@ def test_what_the_supernet_was_built_around_is_a_finalist(rehearse):
 
 def test_a_shared_warm_up_takes_the_supernet_of_the_dearest_start(rehearse):
     problem = problem_of(shares=(0.3, 0.6, 0.4))
-    supernets = rehearse(problem, starts=0, samples=1, headroom=0.0).supernets
+    supernets = rehearse(problem, starts=0, finals=Finals(samples=1), headroom=0.0).supernets
     assert supernets.keys() == {"warm-0", "prune-0", "prune-1", "prune-2"}
     assert supernets["warm-0"].targets == supernets["prune-1"].targets
 
@@ -812,7 +811,7 @@ def test_layers_that_were_never_opened_come_back_for_slack_alone():
             worst = min(values[layer][option] for option in options.options if option != "skip")
             assert worst > max(values[other][option] for other in skipped for option in values[other])
     generator = torch.Generator().manual_seed(0)
-    drawn = finalists(problem, budgets, values, 8, generator, 0.5, still=searcher.still)
+    drawn = finalists(problem, budgets, values, Finals(samples=8, noise=0.5), generator, still=searcher.still)
     assert len(drawn) > 1
     prices = problem.latency
 

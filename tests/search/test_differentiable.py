@@ -10,7 +10,7 @@ from torch import nn
 
 from netsmith.decisions import OneOf, decisions
 from netsmith.errors import UserError
-from netsmith.methods.fbnet import FBNet, _Supernet
+from netsmith.methods.fbnet import FBNet, Stochastic
 from netsmith.methods.prunet import PruNet, Pruning
 from netsmith.search import differentiable
 from netsmith.search.differentiable import CostLoss, Steps, follow, latency_factor, learn, remove_option, weights
@@ -18,11 +18,11 @@ from netsmith.search.differentiable import CostLoss, Steps, follow, latency_fact
 
 def searcher(kind: str, problem):
     if kind == "fbnet":
-        return _Supernet(FBNet(), problem, problem.budgets[0], [{"body": "slim"}])
+        return Stochastic(FBNet(), problem, problem.budgets[0], [{"body": "slim"}])
     return Pruning(PruNet(headroom=0.0), problem, problem.budgets[0], {"body": "slim"})
 
 
-class Witness:
+class Witness(differentiable.Searcher):
     """The smallest searcher: a linear network and one logit. It notes what the loop does with them."""
 
     def __init__(self) -> None:
@@ -46,16 +46,11 @@ class Witness:
     def objective(self, loss: torch.Tensor) -> torch.Tensor:
         return loss + self.logit.sum()
 
-    def stepped(self, progress: float, optimizer: torch.optim.Optimizer) -> None: ...
 
-    def sweep(self, progress: float, optimizer: torch.optim.Optimizer) -> list[dict]:
-        return []
-
-
-def witnessed(task=None, **steps) -> differentiable._Loop:
+def witnessed(task=None, **steps) -> differentiable.Loop:
     """64 images to train on and 32 to search on, in batches of 16."""
     problem = problem_of(task=task or stripes(64))
-    return differentiable._Loop(problem, Witness(), Steps(**{"epochs": 4, "batch_size": 16, **steps}))
+    return differentiable.Loop(problem, Witness(), Steps(**{"epochs": 4, "batch_size": 16, **steps}))
 
 
 def test_weights_learn_on_train_and_after_the_warm_up_the_architecture_on_search():
@@ -154,12 +149,12 @@ def test_weight_steps_leave_the_logits_alone_and_architecture_steps_the_weights(
     problem = problem_of(task=stripes(64))
     for kind in ("fbnet", "prunet"):
         found = searcher(kind, problem)
-        loop = differentiable._Loop(problem, found, Steps(epochs=2, warmup_epochs=1, batch_size=16))
+        loop = differentiable.Loop(problem, found, Steps(epochs=2, warmup_epochs=1, batch_size=16))
         before = [p.clone() for p in found.parameters()]
         loop.train_epoch(0)
         assert all(torch.equal(a, b) for a, b in zip(before, found.parameters(), strict=True))
         frozen = {name: p.clone() for name, p in found.supernet.named_parameters() if not name.endswith("logits")}
-        loop._learn_architecture(torch.Generator().manual_seed(0), 0)
+        loop.architecture_epoch(0)
         assert all(torch.equal(p, frozen[n]) for n, p in found.supernet.named_parameters() if n in frozen)
         assert all(p.requires_grad for p in weights(found.supernet))
 

@@ -13,7 +13,7 @@ from netsmith.run import read_events
 from netsmith.search import race as module
 from netsmith.search.allocate import Infeasible, Unsolved
 from netsmith.search.problem import Problem
-from netsmith.search.race import finalists, perturbed, race, settle, within_each
+from netsmith.search.race import Finals, finalists, perturbed, race, settle, within_each
 from netsmith.search.sampling import at_budget, capacity, usage
 
 
@@ -189,19 +189,19 @@ def test_a_block_alone_needs_no_more_memory_than_the_network():
 def test_finalists_are_distinct_and_within_the_budget():
     problem, values = problem_of(), capacity(problem_of())
     (budget,) = problem.budgets[0]
-    found = finalists(problem, [budget], values, 6, torch.Generator().manual_seed(0), 0.5)
+    found = finalists(problem, [budget], values, Finals(noise=0.5), torch.Generator().manual_seed(0))
     assert len({dumps(architecture) for architecture in found}) == len(found) == 6
     assert all(problem.latency.of(architecture) <= budget.limit for architecture in found)
     assert found[0] == problem.allocate(values, [budget])
-    again = finalists(problem, [budget], values, 6, torch.Generator().manual_seed(0), 0.5)
+    again = finalists(problem, [budget], values, Finals(noise=0.5), torch.Generator().manual_seed(0))
     assert again == found
-    assert len(finalists(problem, [budget], values, 6, torch.Generator().manual_seed(0), 0.0)) == 1
+    assert len(finalists(problem, [budget], values, Finals(noise=0.0), torch.Generator().manual_seed(0))) == 1
 
 
 def test_finalists_leave_no_room_for_a_wider_layer():
     problem, values = problem_of(), capacity(problem_of())
     (budget,) = problem.budgets[0]
-    for architecture in finalists(problem, [budget], values, 6, torch.Generator().manual_seed(0), 0.5):
+    for architecture in finalists(problem, [budget], values, Finals(noise=0.5), torch.Generator().manual_seed(0)):
         for path, width in architecture.items():
             for wider in (option for option in values[path] if isinstance(width, int) and option > width):
                 assert problem.latency.of(architecture | {path: wider}) > budget.limit

@@ -193,7 +193,7 @@ def expected(supernet: nn.Module, prices: Prices, *, drawn: bool = False) -> Ten
         if reached is None:
             continue
         if drawn:
-            indices, probabilities = decision.draw()
+            indices, probabilities, _ = decision.draw()
         else:
             indices, probabilities = range(len(decision.options)), decision.logits.softmax(0)
         options = [decision.options[i] for i in indices]

@@ -15,6 +15,9 @@ METHODS = {
     "best_of": "netsmith.methods.best_of:BestOf",
     "prunet": "netsmith.methods.prunet:PruNet",
     "fbnet": "netsmith.methods.fbnet:FBNet",
+    "proxylessnas": "netsmith.methods.proxylessnas:ProxylessNAS",
+    "darts": "netsmith.methods.darts:DARTS",
+    "rarts": "netsmith.methods.rarts:RARTS",
 }
 """Name -> where its dataclass is; the fields are the method's options."""
 
@@ -32,7 +35,7 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Any:
 
     Raises: UserError for an unknown name or option, or a value of the wrong type.
 
-    >>> make_method("fbnet", {"samples": 10}).samples
-    10
+    >>> make_method("fbnet", {"temperature": 2}).temperature
+    2.0
     """
     return checked(method_class(name), dict(options or {}), "method_options")

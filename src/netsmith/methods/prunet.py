@@ -23,9 +23,9 @@ from netsmith.decisions import Architecture, Decision, Draw, OneOf, Option, Widt
 from netsmith.errors import UserError
 from netsmith.gates import Gate, Gumbel, softmax
 from netsmith.run import Run
-from netsmith.search.differentiable import CostLoss, Steps, learn, remove_option
+from netsmith.search.differentiable import CostLoss, Searcher, Steps, learn, remove_option
 from netsmith.search.problem import Problem, prefer
-from netsmith.search.race import finalists, race, within_each
+from netsmith.search.race import Finals, finalists, race, within_each
 from netsmith.search.sampling import at_budget, capacity
 
 SKIP = "skip"
@@ -74,12 +74,8 @@ class PruNet:
     """How latency enters the architecture loss (the paper's is not known)."""
     temperature: NonNegativeFloat = 0.0
     """Of Gumbel noise on the mixture while training; 0: plain softmax (ours)."""
-    samples: PositiveInt = 6
-    """Networks drawn around the result and trained briefly; the best is kept (FBNet's way of ending)."""
-    noise: NonNegativeFloat = 0.5
-    """Gumbel noise on the values when drawing them (ours)."""
-    race_epochs: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2, 6)
-    """Lengths of the short trainings: the best third of one length goes on to the next (ours)."""
+    finals: Finals = field(default_factory=lambda: Finals(noise=0.5, epochs=(2, 6)))
+    """Networks drawn around the result (FBNet's way of ending), and the lengths of all short trainings."""
 
     def search(self, problem: Problem, run: Run) -> list[Options]:
         starts = [self._start(problem, run, f"start-{i}", budgets) for i, budgets in enumerate(problem.budgets)]
@@ -91,7 +87,9 @@ class PruNet:
         generator = torch.Generator().manual_seed(run.seed(name))
         entrants = within_each(problem, budgets, capacity(problem), problem.structural)
         entrants += [at_budget(problem, budgets, generator) for _ in range(self.starts)]
-        return entrants[0] if len(entrants) == 1 else race(problem, run, name, entrants, epochs=self.race_epochs)[0][0]
+        if len(entrants) == 1:
+            return entrants[0]
+        return race(problem, run, name, entrants, epochs=self.finals.epochs)[0][0]
 
     def _prune(self, problem: Problem, run: Run, number: int, starts: Sequence[Architecture]) -> Options:
         budgets, start = problem.budgets[number], starts[number]
@@ -110,9 +108,9 @@ class PruNet:
         assert isinstance(searcher, Pruning)
         values = prefer(searcher.values(), chosen, 1e3)
         generator = torch.Generator().manual_seed(run.seed(f"finalists-{number}"))
-        drawn = finalists(problem, budgets, values, self.samples, generator, self.noise, still=searcher.still)
+        drawn = finalists(problem, budgets, values, self.finals, generator, still=searcher.still)
         entrants = [start, *drawn]
-        best, _ = race(problem, run, f"finalists-{number}", entrants, epochs=self.race_epochs, always=[start])[0]
+        best, _ = race(problem, run, f"finalists-{number}", entrants, epochs=self.finals.epochs, always=[start])[0]
         return prefer(values, best, 1e3)
 
     def _opened(self, problem: Problem, start: Architecture) -> dict[str, Option]:
@@ -150,7 +148,7 @@ class Prunode(nn.Module):
         return Draw([self.low, self.high], self.logits.softmax(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        indices, weights = self.hidden.draw()
+        indices, weights, _ = self.hidden.draw()
         block: Any = self.block
         if self.second is None or len(indices) == 1:
             alone: Any = block if self.second is None or indices[0] != self.high else self.second
@@ -224,7 +222,7 @@ def _holds_hidden(name: str, axis: int) -> bool:
     return axis == (1 if layer == "project" else 0)
 
 
-class Pruning:
+class Pruning(Searcher):
     """The state of one search under one budget."""
 
     def __init__(self, method: PruNet, problem: Problem, budgets: Sequence[Budget], start: Architecture) -> None:
@@ -455,7 +453,7 @@ class Pruning:
         with torch.no_grad():
             costs = {name: cost.item() for name, cost in self._costs().items()}
             probabilities = {
-                path: {layer.options[i]: w.item() for i, w in zip(*layer.draw(), strict=True)}
+                path: {layer.options[i]: w.item() for i, w in layer.draw().pairs()}
                 for path, layer in self.layers().items()
             }
         widths = {

@@ -1,17 +1,20 @@
 """The supernet loop that gradient methods share: weight steps, architecture steps, structural edits, on named splits.
 
-An epoch is: weight steps over ``train``, then architecture steps over ``search``, then the method's own sweep over the
-structure. What is new in a method (how options are mixed, what the architecture loss is, what gets pruned when) is a
-`Searcher`.
+An epoch is: weight steps over ``train``, architecture steps over ``search``, after them or in between, then the
+method's own sweep over the structure. What is new in a method (how options are mixed, what the architecture loss is,
+what a step does, what gets pruned when) is a `Searcher`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
@@ -22,8 +25,14 @@ from netsmith.decisions import Decision, Option
 from netsmith.errors import UserError
 from netsmith.run import Run
 from netsmith.search.problem import Problem
+from netsmith.tasks.classification import steps as steps_of
 from netsmith.train.allocator import keep_freed_memory
 from netsmith.train.checkpoint import load_state, save_state
+
+Batch = tuple[Tensor, Tensor]
+"""Images ``(n, C, H, W)`` and labels ``(n,)``."""
+LONGEST = 5.0
+"""Norm to which the gradient of the weights is cut."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,46 +55,75 @@ class Steps:
     """Adam's rate on the logits (FBNet: 0.01 over 90 epochs)."""
     architecture_decay: NonNegativeFloat = 5e-4
     """Weight decay on the logits."""
+    architecture_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Adam's beta_1 on the logits (DARTS and FBNet)."""
+    rhythm: NonNegativeInt = 0
+    """Weight steps to each architecture step, which comes before them; 0: first an epoch of the one, then an epoch of
+    the other (FBNet)."""
 
     def __post_init__(self) -> None:
         if self.warmup_epochs >= self.epochs:
             raise UserError(f"steps.warmup_epochs is {self.warmup_epochs}; allowed: less than the {self.epochs} epochs")
 
 
-class Searcher(Protocol):
-    """What a method adds to the loop."""
+class Searcher:
+    """A supernet, and what a method does with it. Both steps are the ordinary ones; a method overrides what its paper
+    does differently."""
 
     supernet: nn.Module
 
     def parameters(self) -> list[nn.Parameter]:
-        """The architecture parameters that are trained now."""
-        ...
+        """The architecture parameters that are trained now; none: there are no architecture steps."""
+        raise NotImplementedError
 
     def draw(self, generator: torch.Generator, *, learning: bool) -> None:
         """Decide what the next pass runs; ``learning`` tells an architecture step from a weight step."""
-        ...
+        raise NotImplementedError
 
     def objective(self, loss: Tensor) -> Tensor:
         """The architecture loss, from the task loss of the pass just made."""
-        ...
+        raise NotImplementedError
+
+    def weight_step(self, loop: Loop, batch: Batch) -> Tensor:
+        """One step on a batch of ``train``; returns the loss."""
+        self.draw(loop.generator, learning=False)
+        loss = task_loss(self.supernet, batch)
+        loop.weights.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights(self.supernet), LONGEST)
+        loop.weights.step()
+        return loss
+
+    def architecture_step(self, loop: Loop, batch: Batch, beside: Batch | None) -> Tensor:
+        """One step on a batch of ``search``; ``beside`` is the batch of ``train`` that the next weight step takes,
+        where the two kinds of step alternate. Returns the loss."""
+        with frozen(weights(self.supernet)):  # no weight gradients: a third of the work saved
+            self.draw(loop.generator, learning=True)
+            loss = task_loss(self.supernet, batch)
+            objective = self.objective(loss)
+            if objective.requires_grad:  # otherwise everything is decided
+                loop.architecture.zero_grad()
+                objective.backward()
+                loop.architecture.step()
+        return loss
 
     def stepped(self, progress: float, optimizer: torch.optim.Optimizer) -> None:
         """After each architecture step; ``progress`` of the search after warm-up, 0 to 1."""
-        ...
 
     def sweep(self, progress: float, optimizer: torch.optim.Optimizer) -> list[dict]:
         """After each epoch: edit the structure. Returns an event per edit."""
-        ...
+        return []
 
     def describe(self) -> dict[str, Any]:
         """Probabilities, widths and expected costs, for the event of the epoch."""
-        ...
+        return {}
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs to bring a fresh searcher to this structure, its tensors included."""
-        ...
+        return {"supernet": self.supernet.state_dict()}
 
-    def restore(self, state: dict[str, Any]) -> None: ...
+    def restore(self, state: dict[str, Any]) -> None:
+        self.supernet.load_state_dict(state["supernet"])
 
 
 def learn(
@@ -109,7 +147,7 @@ def learn(
     last = steps.epochs if until is None else until
     searcher = make()
     checkpoint = run.checkpoint(f"{name}.pt")
-    loop = _Loop(problem, searcher, steps)
+    loop = Loop(problem, searcher, steps)
 
     def train() -> int:
         if checkpoint.exists():
@@ -132,10 +170,13 @@ def learn(
     return searcher
 
 
-class _Loop:
+class Loop:
+    """A search in progress: the searcher, its two optimizers, the noise of the epoch."""
+
     def __init__(self, problem: Problem, searcher: Searcher, steps: Steps) -> None:
         self.problem, self.searcher, self.steps = problem, searcher, steps
         self.epoch = 0
+        self.generator = torch.Generator()
         searcher.supernet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.weights = torch.optim.SGD(
             weights(searcher.supernet),
@@ -147,64 +188,67 @@ class _Loop:
         self.architecture = torch.optim.Adam(
             [{"params": searcher.parameters()}],  # as a group it may be empty: nothing open from the start
             lr=steps.architecture_rate,
-            betas=(0.5, 0.999),
+            betas=(steps.architecture_momentum, 0.999),
             weight_decay=steps.architecture_decay,
         )
 
+    @property
+    def rate(self) -> float:
+        """Of the weights, in this epoch."""
+        return 0.5 * self.steps.learning_rate * (1 + math.cos(math.pi * self.epoch / self.steps.epochs))
+
     def train_epoch(self, seed: int) -> tuple[dict[str, float], list[dict]]:
-        searcher, steps = self.searcher, self.steps
-        rate = 0.5 * steps.learning_rate * (1 + math.cos(math.pi * self.epoch / steps.epochs))
+        """One pass over ``train`` and, after the warm-up, the architecture steps. Returns means and edits."""
         for group in self.weights.param_groups:
-            group["lr"] = rate
-        generator = torch.Generator().manual_seed(seed * 1009 + self.epoch)
-        learning = self.epoch >= steps.warmup_epochs
-        searcher.supernet.train()
-        losses = {"train_loss": 0.0, "search_loss": 0.0}
-        count = 0
-        for images, labels in self._batches("train", seed):
-            searcher.draw(generator, learning=False)
-            loss = F.cross_entropy(searcher.supernet(images), labels)
-            self.weights.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(weights(searcher.supernet), 5.0)
-            self.weights.step()
-            losses["train_loss"] += self._finite(loss, count)
-            count += 1
-        entry = {"train_loss": losses["train_loss"] / count, "learning_rate": rate}
+            group["lr"] = self.rate
+        entry = {"learning_rate": self.rate}
+        self.generator.manual_seed(seed * 1009 + self.epoch)
+        self.searcher.supernet.train()
+        learning = self.epoch >= self.steps.warmup_epochs
+        taught = learning and bool(self.searcher.parameters())
+        losses: dict[str, list[float]] = {"train_loss": [], "search_loss": []}
+        alternating = taught and self.steps.rhythm > 0
+        search = self._endless("search", seed)
+        for count, batch in enumerate(self._batches("train", seed)):
+            if alternating and count % self.steps.rhythm == 0:
+                losses["search_loss"].append(self._architecture_step(next(search), batch, count, self._count("train")))
+            losses["train_loss"].append(self._finite(self.searcher.weight_step(self, batch), count))
+        if taught and not alternating:
+            losses["search_loss"] = self.architecture_epoch(seed)
+        entry |= {name: statistics.fmean(values) for name, values in losses.items() if values}
         edits: list[dict] = []
         if learning:
-            entry["search_loss"] = self._learn_architecture(generator, seed)
-            edits = searcher.sweep(self._progress(1.0), self.architecture)
+            edits = self.searcher.sweep(self._progress(1.0), self.architecture)
             self._follow()
         self.epoch += 1
         return entry, edits
 
-    def _learn_architecture(self, generator: torch.Generator, seed: int) -> float:
-        searcher = self.searcher
-        frozen = weights(searcher.supernet)
-        batches = list(self._batches("search", seed))
-        total = 0.0
-        for count, (images, labels) in enumerate(batches):
-            for parameter in frozen:  # no weight gradients: a third of the work saved
-                parameter.requires_grad_(False)
-            searcher.draw(generator, learning=True)
-            loss = F.cross_entropy(searcher.supernet(images), labels)
-            self.architecture.zero_grad()
-            objective = searcher.objective(loss)
-            if objective.requires_grad:  # otherwise everything is decided
-                objective.backward()
-                self.architecture.step()
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-            total += self._finite(loss, count)
-            searcher.stepped(self._progress((count + 1) / len(batches)), self.architecture)
-            frozen = weights(searcher.supernet)
-        return total / len(batches)
+    def architecture_epoch(self, seed: int) -> list[float]:
+        """One pass of architecture steps over ``search``; returns their losses."""
+        batches = enumerate(self._batches("search", seed))
+        return [self._architecture_step(batch, None, count, self._count("search")) for count, batch in batches]
 
-    def _batches(self, split: str, seed: int):
-        recipe = self.problem.recipe
-        batch = self.steps.batch_size or recipe.batch_size
-        return self.problem.task.batches(split, batch, train=True, seed=seed, epoch=self.epoch, mirror=recipe.mirror)
+    def _architecture_step(self, batch: Batch, beside: Batch | None, step: int, of: int) -> float:
+        loss = self._finite(self.searcher.architecture_step(self, batch, beside), step)
+        self.searcher.stepped(self._progress((step + 1) / of), self.architecture)
+        return loss
+
+    @property
+    def _batch_size(self) -> int:
+        return self.steps.batch_size or self.problem.recipe.batch_size
+
+    def _count(self, split: str) -> int:
+        return steps_of(len(self.problem.task.split(split)), self._batch_size)
+
+    def _endless(self, split: str, seed: int) -> Iterator[Batch]:
+        """Pass after pass, each in an order of its own."""
+        for turn in itertools.count():
+            yield from self._batches(split, seed, turn)
+
+    def _batches(self, split: str, seed: int, turn: int = 0) -> Iterator[Batch]:
+        task, mirror = self.problem.task, self.problem.recipe.mirror
+        epoch = self.epoch + turn * self.steps.epochs
+        return task.batches(split, self._batch_size, train=True, seed=seed, epoch=epoch, mirror=mirror)
 
     def _progress(self, part: float) -> float:
         length = max(1, self.steps.epochs - self.steps.warmup_epochs)
@@ -246,6 +290,24 @@ class _Loop:
 def weights(supernet: nn.Module) -> list[nn.Parameter]:
     """What weight steps train: all but the logits, those of decisions and those that a method's own modules hold."""
     return [parameter for name, parameter in supernet.named_parameters() if name.rpartition(".")[2] != "logits"]
+
+
+def task_loss(supernet: nn.Module, batch: Batch) -> Tensor:
+    images, labels = batch
+    return F.cross_entropy(supernet(images), labels)
+
+
+@contextmanager
+def frozen(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """No gradients for ``parameters``."""
+    parameters = list(parameters)
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 def follow(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:

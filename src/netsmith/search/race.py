@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from netsmith.architecture import dumps
 from netsmith.cost.budget import Budget
@@ -99,13 +101,25 @@ def within_each(
     return list(found.values()) or [problem.allocate(values, budgets)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Finals:
+    """How a gradient search ends: networks drawn around its result are trained briefly, and the best is taken."""
+
+    samples: PositiveInt = 6
+    """Networks drawn."""
+    noise: NonNegativeFloat = 1.0
+    """Gumbel noise on the values when drawing them: 1 samples in proportion to the probabilities (ours)."""
+    epochs: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (2,)
+    """Lengths of the short trainings, those that settle the structure before the search as well: the best third of
+    one length goes on to the next (ours)."""
+
+
 def finalists(
     problem: Problem,
     budgets: Sequence[Budget],
     values: Options,
-    count: int,
+    finals: Finals,
     generator: torch.Generator,
-    noise: float,
     *,
     still: Collection[str] = (),
 ) -> list[Architecture]:
@@ -116,10 +130,10 @@ def finalists(
     """
     found = {dumps(best): best for best in [problem.allocate(values, budgets)]}
     moving = {path: row for path, row in values.items() if path not in still}
-    for _ in range(4 * count):
-        if len(found) >= count:
+    for _ in range(4 * finals.samples):
+        if len(found) >= finals.samples:
             break
-        drawn = problem.allocate(values | perturbed(moving, generator, noise), budgets)
+        drawn = problem.allocate(values | perturbed(moving, generator, finals.noise), budgets)
         drawn = problem.allocate(prefer(values, drawn, 1e3), budgets)  # what the noise left unspent goes into widths
         found.setdefault(dumps(drawn), drawn)
     return list(found.values())
