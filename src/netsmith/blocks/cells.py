@@ -109,14 +109,18 @@ class Pool(nn.Module):
 
 
 class Zero(nn.Module):
-    """No connection: zeros. `next_node` leaves it out wherever something else comes in."""
+    """No connection: zeros. `next_node` leaves it out wherever something else comes in.
+
+    They are the input times 0, not new zeros: a network that they cut off would be a constant, and the exported file
+    empty, so that its time would say nothing about the layers that are still there.
+    """
 
     def __init__(self, stride: int = 1) -> None:
         super().__init__()
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride])
+        return 0.0 * (x if self.stride == 1 else x[:, :, :: self.stride, :: self.stride])
 
     def __repr__(self) -> str:
         return f"Zero(stride={self.stride})"
