@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from netsmith import gates
-from netsmith.architecture import check, mutate, outline, sample
+from netsmith.architecture import check, dumps, mutate, outline, sample
 from netsmith.cost.counts import Macs, Params
+from netsmith.cost.latency import calibration_networks
+from netsmith.cost.prices import tabulate
 from netsmith.decisions import decisions, derive, rules
 from netsmith.errors import UserError
 from netsmith.ship.export import export
@@ -96,6 +98,16 @@ def test_every_node_of_darts_keeps_two_edges():
     broken = {**architecture, next(p for p in found[0].paths): "none"}
     with pytest.raises(UserError, match=r"breaks the rule that 2 of normal.0_2, normal.1_2 are not 'none': 1 are not"):
         check(lines, broken)
+
+
+def test_networks_to_calibrate_on_keep_the_rules():
+    with torch.device("meta"):
+        space = darts.darts(3, 1, 8, cells=3, width=4)
+    lines = outline(space)
+    networks = calibration_networks(space, 0, 16, tabulate(space, Params(), (1, 8, 8)))
+    assert len({dumps(network) for network in networks}) == 16
+    for network in networks:
+        check(lines, network)
 
 
 SMALL = {"nasbench201": {"cells": 2, "width": 4}, "darts": {"cells": 3, "width": 4}}
