@@ -136,7 +136,8 @@ def main() -> None:
     try:
         problem, facts = problem_with_prices(asked.calibrating)
         prices = problem.latency
-        ends = [extreme(prices.options, problem.parents, largest=largest) for largest in (False, True)]
+        rules = problem.outline.rules
+        ends = [extreme(prices.options, problem.parents, rules, largest=largest) for largest in (False, True)]
         measured = [time_file(export_untrained(problem, end, folder / "end.onnx")[1]) for end in ends]
         print(f"table {facts['seconds']:.0f} s; networks from {measured[0]:.3f} to {measured[1]:.3f} ms")
         print("| limit ms | kept | at once | rounds | all times, of the limit | lands at | in a fresh process |")

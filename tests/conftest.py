@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
-from netsmith.decisions import OneOf, Width
+from netsmith.decisions import OneOf, Places, Rule, Width
 
 torch.set_num_threads(1)  # two threads on a busy core wait for each other: ten times the time
 
@@ -40,6 +40,36 @@ def nested() -> Callable[[], nn.Module]:
         return randomize(nn.Sequential(parts).double())
 
     return build
+
+
+@pytest.fixture
+def tied() -> Callable[[], nn.Module]:
+    return lambda: randomize(Tied().double())
+
+
+class Tied(nn.Module):
+    """Three layers that make the same choice, one of its options with a width of its own in each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = ConvBn(3, 8, 3)
+        self.edges = nn.ModuleDict({"a": self.edge(), "b": self.edge()})
+        self.rules = (Rule(("edges.a", "edges.b"), "skip", 1, 2),)
+
+    def edge(self) -> OneOf:
+        return OneOf(
+            {
+                "conv": Places(ConvBn(8, 8, 3) for _ in range(3)),
+                "open": Places(MBConv(8, 8, hidden=Width((4, 8))) for _ in range(3)),
+                "skip": Places(nn.Identity() for _ in range(3)),
+            }
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for place in range(3):
+            x = self.edges["a"](x, place) + self.edges["b"](x, place)
+        return x
 
 
 def randomize(model: nn.Module) -> nn.Module:

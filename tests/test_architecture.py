@@ -1,13 +1,17 @@
 """Architectures as data: legal samples, mutations, crossings, enumeration, JSON."""
 
+import random
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 from torch import nn
 
 from netsmith import architecture as arch
-from netsmith.decisions import OneOf, decisions, parents
+from netsmith.decisions import OneOf, Rule, decisions, parents
 from netsmith.errors import UserError
 
 
@@ -97,3 +101,82 @@ def test_json_round_trip(data):
 def test_other_json_is_refused(text):
     with pytest.raises(UserError):
         arch.loads(text)
+
+
+class Ruled(nn.Module):
+    """Four edges of which so many are not "none", and a choice that is free and has one inside."""
+
+    def __init__(self, at_least: int = 2, at_most: int = 2) -> None:
+        super().__init__()
+        names = ["none", "a", "b", "c"]
+        self.edges = nn.ModuleList([OneOf({n: nn.Identity() for n in names[: 2 + i % 3]}) for i in range(4)])
+        inner = OneOf({"x": nn.Identity(), "y": nn.Identity()})
+        self.free = OneOf({"deep": nn.Sequential(inner), "none": nn.Identity()})
+        self.rules = (Rule(tuple(f"edges.{i}" for i in range(4)), "none", at_least, at_most),)
+
+
+SPANS = pytest.mark.parametrize("span", [(2, 2), (1, 2), (0, 4), (1, 4), (3, 4)])
+
+
+def working(a: dict) -> int:
+    return sum(a[f"edges.{i}"] != "none" for i in range(4))
+
+
+@SPANS
+def test_rules_bound_what_is_enumerated_sampled_and_reached_by_mutation(span):
+    model, generator = Ruled(*span), rng()
+    everything = list(arch.enumerate_architectures(Ruled(0, 4)))
+    legal = [a for a in everything if span[0] <= working(a) <= span[1]]
+    assert list(arch.enumerate_architectures(model)) == legal
+    for a in everything:
+        if a in legal:
+            arch.check(model, a)
+        else:
+            with pytest.raises(UserError, match=rf"are not 'none': {working(a)} are not"):
+                arch.check(model, a)
+    a, seen = arch.sample(model, generator), set()
+    for _ in range(60 * len(legal)):
+        b = arch.mutate(model, a, generator)
+        assert b != a
+        assert sum(a[f"edges.{i}"] != b[f"edges.{i}"] for i in range(4)) <= 2
+        seen.add(arch.dumps(b))
+        a = b
+    assert seen == {arch.dumps(a) for a in legal}
+
+
+@SPANS
+def test_samples_under_a_rule_are_uniform(span):
+    model, generator = arch.outline(Ruled(*span)), rng()
+    legal = {arch.dumps({f"edges.{i}": a[f"edges.{i}"] for i in range(4)}) for a in arch.enumerate_architectures(model)}
+    drawn = [arch.sample(model, generator) for _ in range(2000)]
+    counts = Counter(
+        arch.dumps({path: o for path, o in a.items() if path != "free" and "deep" not in path}) for a in drawn
+    )
+    assert set(counts) <= legal
+    assert chisquare([counts[a] for a in legal]).pvalue > 1e-3
+
+
+@SPANS
+def test_extremes_and_the_most_probable_keep_the_rule(span):
+    model, generator = Ruled(*span), random.Random(0)
+    legal = list(arch.enumerate_architectures(model))
+    lines = arch.outline(model)
+    for _ in range(50):
+        prices = {path: {o: generator.uniform(-1, 1) for o in options} for path, options in lines.options.items()}
+        totals = [sum(prices[path][option] for path, option in a.items()) for a in legal]
+        for largest, end in ((True, max(totals)), (False, min(totals))):
+            found = arch.extreme(prices, lines.parents, lines.rules, largest=largest)
+            assert found in legal
+            assert sum(prices[path][option] for path, option in found.items()) == pytest.approx(end, abs=1e-12)
+        for path, decision in decisions(model).items():
+            decision.logits.data = torch.tensor([3 * prices[path][o] for o in decision.options])
+        logs = {
+            p: dict(zip(d.options, d.logits.log_softmax(0).tolist(), strict=True)) for p, d in decisions(model).items()
+        }
+        best = arch.argmax(model)
+        assert best in legal
+        ruled = lines.rules[0].paths
+        assert sum(logs[p][best[p]] for p in ruled) == pytest.approx(
+            max(sum(logs[p][a[p]] for p in ruled) for a in legal)
+        )
+        assert best["free"] == max(logs["free"], key=logs["free"].__getitem__)

@@ -10,7 +10,7 @@ from torch import nn
 from netsmith import gates
 from netsmith.architecture import enumerate_architectures, sample
 from netsmith.blocks.mobile import ConvBn, MBConv
-from netsmith.decisions import Decision, Draw, OneOf, Width, decisions, derive, logits, parents
+from netsmith.decisions import Decision, Draw, OneOf, Places, Rule, Width, decisions, derive, logits, parents, rules
 from netsmith.errors import UserError
 from netsmith.search.differentiable import weights
 
@@ -167,3 +167,55 @@ def test_what_cannot_be_a_decision():
         Width((0, 8))
     with pytest.raises(UserError, match="did you mean 'conv'"):
         OneOf({"conv": ConvBn(3, 3), "skip": nn.Identity()}).index("con")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_one_choice_in_many_places_with_weights_of_their_own(tied, training):
+    model, x = tied().train(training), torch.randn(IMAGES).double()
+    assert [p for p in decisions(model) if "open" in p] == [f"edges.{e}.open.{i}.hidden" for e in "ab" for i in "012"]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        architecture = sample(model, generator)
+        child = derive(model, architecture)
+        assert not any(isinstance(module, Decision) for module in child.modules())
+        gates.fix(model, architecture)
+        with torch.no_grad():
+            assert torch.equal(child(x), model(x))
+        assert isinstance(child.edges["a"], Places)
+        assert len({id(p) for p in child.parameters()}) == len(list(child.parameters()))
+
+
+def test_mixed_places_are_mixed_place_by_place(tied):
+    edge, x = tied().edges["a"].eval(), torch.randn(2, 8, 4, 4).double()
+    with torch.no_grad():
+        edge.logits.normal_()
+        for place in range(3):
+            parts = [edge.candidate(option)[place](x) for option in edge.options]
+            expected = sum(p * part for p, part in zip(edge.logits.softmax(0), parts, strict=True))
+            assert (edge(x, place) - expected).abs().max() < 1e-12
+
+
+def test_rules_are_named_from_the_whole_model_and_gone_from_what_is_derived(tied):
+    model = nn.Sequential(tied())
+    assert rules(model) == (Rule(("0.edges.a", "0.edges.b"), "skip", 1, 2),)
+    assert str(rules(model)[0]) == "1 to 2 of 0.edges.a, 0.edges.b are not 'skip'"
+    child = derive(model, sample(model, torch.Generator()))
+    assert rules(child) == ()
+    assert rules(model)  # the supernet keeps its own
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((Rule(("edges.c",), "skip", 0, 1),), "'edges.c' is no decision"),
+        ((Rule(("edges.a.open.0.hidden",), 4, 0, 1),), "'edges.a.open.0.hidden' is nested"),
+        ((Rule(("edges.a",), "skip", 0, 1), Rule(("edges.a",), "conv", 0, 1)), "'edges.a' has two rules"),
+        ((Rule(("edges.a", "edges.b"), "skip", 3, 3),), "no network keeps the rule that 3 of edges.a, edges.b"),
+        ((Rule(("edges.a", "edges.b"), "none", 0, 1),), "no network keeps the rule"),
+    ],
+)
+def test_rules_that_make_no_sense_are_refused(tied, given, message):
+    model = tied()
+    model.rules = given
+    with pytest.raises(UserError, match=message):
+        rules(model)

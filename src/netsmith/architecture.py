@@ -8,14 +8,15 @@ a string. Everything here needs only the outline of a space, so it takes a modul
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from netsmith.decisions import Architecture, Option, decisions, walk
+from netsmith.decisions import Architecture, Option, Rule, decisions, rules, walk
 from netsmith.errors import UserError, unknown
 
 Choose = Callable[[str, list[Option]], Option]
@@ -28,6 +29,7 @@ class Outline:
     options: dict[str, list[Option]]
     parents: dict[str, tuple[str, str]]
     """Nested decision -> the decision and option it belongs to."""
+    rules: tuple[Rule, ...] = ()
 
     def active(self, path: str, architecture: Mapping[str, Option]) -> bool:
         """Whether ``path`` is a decision, given what was decided above it."""
@@ -42,11 +44,14 @@ def outline(space: nn.Module | Outline) -> Outline:
         return space
     found = list(walk(space))
     options = {path: list(decision.options) for path, decision, _ in found}
-    return Outline(options, {path: owner for path, _, owner in found if owner is not None})
+    return Outline(options, {path: owner for path, _, owner in found if owner is not None}, rules(space))
 
 
 def assemble(space: nn.Module | Outline, choose: Choose) -> Architecture:
-    """The architecture that ``choose(path, options)`` makes, asked for active decisions only, outer before inner."""
+    """The architecture that ``choose(path, options)`` makes, asked for active decisions only, outer before inner.
+
+    Rules are the business of ``choose``.
+    """
     lines = outline(space)
     architecture: Architecture = {}
     for path, options in lines.options.items():
@@ -60,54 +65,122 @@ def pick(options: list, generator: torch.Generator):
 
 
 def sample(space: nn.Module | Outline, generator: torch.Generator) -> Architecture:
-    """Every active decision uniformly at random."""
-    return assemble(space, lambda _, options: pick(options, generator))
+    """Every active decision uniformly at random; within a rule, every combination that keeps it."""
+    lines = outline(space)
+    kept = draw_rules(lines, generator)
+    return assemble(lines, lambda path, options: pick(kept.get(path, options), generator))
+
+
+def draw_rules(lines: Outline, generator: torch.Generator) -> dict[str, list[Option]]:
+    """Draw which decisions of the rules are idle: for each the options that are left, idle alone or all others.
+
+    Picking one of these uniformly makes all combinations that keep the rule equally likely.
+    """
+    left: dict[str, list[Option]] = {}
+    for rule in lines.rules:
+        working = 0
+        for i, path in enumerate(rule.paths):
+            rest = [lines.options[other] for other in rule.paths[i + 1 :]]
+            halves = [[o for o in lines.options[path] if (o != rule.idle) == works] for works in (False, True)]
+            ways = [len(half) * _ways(rule, rest, working + works) for works, half in enumerate(halves)]
+            works = int(torch.multinomial(torch.tensor(ways, dtype=torch.float64), 1, generator=generator))
+            left[path], working = halves[works], working + works
+    return left
+
+
+def _ways(rule: Rule, rest: Sequence[list[Option]], working: int) -> int:
+    """How many choices of ``rest`` keep the rule, where ``working`` other decisions are not idle."""
+    ways = [1]  # by how many of the rest are not idle
+    for options in rest:
+        idle = rule.idle in options
+        ways = [idle * a + (len(options) - idle) * b for a, b in zip([*ways, 0], [0, *ways], strict=True)]
+    return sum(ways[max(0, rule.at_least - working) : max(0, rule.at_most - working + 1)])
 
 
 def mutate(space: nn.Module | Outline, architecture: Mapping[str, Option], generator: torch.Generator) -> Architecture:
-    """Re-draw one decision, and whatever newly opens below it; all else stays."""
+    """Re-draw one decision, and whatever newly opens below it; all else stays.
+
+    Where that breaks a rule, another decision of the rule is changed as well.
+    """
     lines = outline(space)
     open_ = [path for path in architecture if len(lines.options[path]) > 1]
-    if not open_:
-        return dict(architecture)
-    changed = pick(open_, generator)
+    while open_:
+        path = pick(open_, generator)
+        others = [option for option in lines.options[path] if option != architecture[path]]
+        while others:
+            option = pick(others, generator)
+            if mended := _mended(lines, architecture, path, option):
+                return _completed(lines, mended[0] if len(mended) == 1 else pick(mended, generator), generator)
+            others.remove(option)
+        open_.remove(path)
+    return dict(architecture)
 
-    def choose(path: str, options: list[Option]) -> Option:
-        if path == changed:
-            return pick([option for option in options if option != architecture[path]], generator)
-        return architecture[path] if path in architecture else pick(options, generator)
 
-    return assemble(lines, choose)
+def _completed(lines: Outline, decided: Architecture, generator: torch.Generator) -> Architecture:
+    return assemble(lines, lambda path, options: decided[path] if path in decided else pick(options, generator))
+
+
+def _mended(lines: Outline, architecture: Mapping[str, Option], path: str, option: Option) -> list[Architecture]:
+    """The architecture with ``option`` at ``path``, if need be with each other change that then keeps the rule."""
+    changed = {**architecture, path: option}
+    rule = next((rule for rule in lines.rules if path in rule.paths), None)
+    if rule is None or rule.holds(changed):
+        return [changed]
+    mended = ({**changed, other: o} for other in rule.paths if other != path for o in lines.options[other])
+    return [found for found in mended if rule.holds(found)]
 
 
 def extreme(
     prices: Mapping[str, Mapping[Any, float]],
     parents: Mapping[str, tuple[str, Option]] | None = None,
+    rules: Sequence[Rule] = (),
     *,
     largest: bool = True,
 ) -> Architecture:
-    """The dearest (or cheapest) architecture, the first of equals, by dynamic programming over the tree."""
+    """The dearest (or cheapest) architecture, the first of equals, by dynamic programming over the tree.
+
+    ``rules`` have to be such that the options with a price can keep them.
+    """
     inner: dict[tuple[str, Option], list[str]] = {}
     for path in prices:
         if parents and path in parents:
             inner.setdefault(parents[path], []).append(path)
 
-    def best(path: str) -> tuple[float, Architecture]:
+    def best(path: str, among: Sequence[Option] | None = None) -> tuple[float, Architecture]:
         def with_option(option: Option) -> tuple[float, Architecture]:
             below = [best(nested) for nested in inner.get((path, option), ())]
             price = prices[path][option] + sum(price for price, _ in below)
             return price, {path: option} | {key: chosen for _, part in below for key, chosen in part.items()}
 
-        return (max if largest else min)(map(with_option, prices[path]), key=lambda found: found[0])
+        return (max if largest else min)(map(with_option, among or prices[path]), key=lambda found: found[0])
 
-    tops = [best(path) for path in prices if not parents or path not in parents]
+    def halves(path: str, idle: Option) -> tuple[list[Option], list[Option]]:
+        return [o for o in prices[path] if o == idle], [o for o in prices[path] if o != idle]
+
+    def gain(path: str, idle: Option) -> float:
+        """What it is worth that a decision is not idle; infinite where it cannot be or has to be."""
+        resting, working = halves(path, idle)
+        if not resting or not working:
+            return math.inf if working else -math.inf
+        return (best(path, working)[0] - best(path, resting)[0]) * (1 if largest else -1)
+
+    among: dict[str, list[Option]] = {}
+    for rule in rules:
+        gains = {path: gain(path, rule.idle) for path in rule.paths}
+        for rank, path in enumerate(sorted(gains, key=lambda path: -gains[path])):
+            works = rank < rule.at_least or (rank < rule.at_most and gains[path] > 0)
+            among[path] = halves(path, rule.idle)[works]
+    tops = [best(path, among.get(path)) for path in prices if not parents or path not in parents]
     return {key: chosen for _, part in tops for key, chosen in part.items()}
 
 
 def argmax(model: nn.Module) -> Architecture:
-    """The most probable option everywhere."""
+    """The most probable option everywhere; within a rule, the most probable combination that keeps it."""
     found = decisions(model)
-    return assemble(model, lambda path, options: options[int(found[path].logits.argmax())])
+    scores = {path: dict(zip(d.options, d.logits.log_softmax(0).tolist(), strict=True)) for path, d in found.items()}
+    lines = outline(model)
+    kept = extreme({path: scores[path] for rule in lines.rules for path in rule.paths}, rules=lines.rules)
+    return assemble(lines, lambda path, options: kept.get(path, max(options, key=scores[path].__getitem__)))
 
 
 def enumerate_architectures(space: nn.Module | Outline) -> Iterator[Architecture]:
@@ -117,7 +190,8 @@ def enumerate_architectures(space: nn.Module | Outline) -> Iterator[Architecture
 
     def extend(architecture: Architecture, i: int) -> Iterator[Architecture]:
         if i == len(paths):
-            yield architecture
+            if all(rule.holds(architecture) for rule in lines.rules):
+                yield architecture
         elif not lines.active(paths[i], architecture):
             yield from extend(architecture, i + 1)
         else:
@@ -137,9 +211,14 @@ def check(space: nn.Module | Outline, architecture: Mapping[str, Option]) -> Non
             raise unknown(f"option of {path}", str(architecture[path]), map(str, options))
         return architecture[path]
 
-    active = assemble(space, choose)
+    lines = outline(space)
+    active = assemble(lines, choose)
     if extra := sorted(set(architecture) - set(active)):
         raise UserError(f"the architecture decides {extra[0]!r}, which is no active decision of this space")
+    for rule in lines.rules:
+        if not rule.holds(architecture):
+            working = sum(architecture[path] != rule.idle for path in rule.paths)
+            raise UserError(f"the architecture breaks the rule that {rule}: {working} are not")
 
 
 def dumps(architecture: Mapping[str, Option]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -95,13 +95,13 @@ class OneOf(Decision):
     def candidate(self, option: str) -> nn.Module:
         return self.get_submodule(self.options[self.index(option)])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *place: int) -> Tensor:
         indices, weights, binary = self.draw()
         first, *others = [self.candidate(self.options[i]) for i in indices]
         if binary or (not others and not weights.requires_grad):
-            y = first(x)
-            return _Watched.apply(y, weights, x, others) if weights.requires_grad else y  # pyright: ignore[reportReturnType]
-        outputs = (w * candidate(x) for candidate, w in zip([first, *others], weights, strict=True))
+            y = first(x, *place)
+            return _Watched.apply(y, weights, x, others, place) if weights.requires_grad else y  # pyright: ignore[reportReturnType]
+        outputs = (w * candidate(x, *place) for candidate, w in zip([first, *others], weights, strict=True))
         return functools.reduce(torch.add, outputs)
 
     def remove(self, option: Option) -> list[int]:
@@ -116,17 +116,28 @@ class _Watched(torch.autograd.Function):
     the other and without a graph: nothing of theirs is kept in between."""
 
     @staticmethod
-    def forward(ctx, y: Tensor, weights: Tensor, x: Tensor, others: list[nn.Module]) -> Tensor:
+    def forward(ctx, y: Tensor, weights: Tensor, x: Tensor, others: list[nn.Module], place: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(y, weights, x)
-        ctx.others = others
+        ctx.others, ctx.place = others, place
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grad_outputs
         y, weights, x = ctx.saved_tensors
-        gates = [(grad * y).sum(), *((grad * other(x)).sum() for other in ctx.others)]
-        return grad, torch.stack(gates).to(weights), None, None
+        gates = [(grad * y).sum(), *((grad * other(x, *ctx.place)).sum() for other in ctx.others)]
+        return grad, torch.stack(gates).to(weights), None, None, None
+
+
+class Places(nn.ModuleList):
+    """What one decision puts into many places: a module each, so that the choice is shared and the weights are not.
+
+    >>> edge = OneOf({"conv": Places(ConvBn(8, 8) for _ in range(5)), "skip": Places(nn.Identity() for _ in range(5))})
+    >>> edge(x, 3)  # what stands in the fourth place
+    """
+
+    def forward(self, x: Tensor, place: int) -> Tensor:
+        return self[place](x)
 
 
 class Width(Decision):
@@ -163,6 +174,33 @@ class Width(Decision):
         return f"{self.options[0]}..{self.maximum}" if len(self.options) > 1 else str(self.maximum)
 
 
+class Rule(NamedTuple):
+    """How many of some decisions choose something else than ``idle``.
+
+    A module states its own in an attribute, ``self.rules = (Rule(...),)``. They concern architectures: while
+    searching, a supernet runs all its options.
+    """
+
+    paths: tuple[str, ...]
+    """Decisions, named from the module that states the rule."""
+    idle: Option
+    at_least: int
+    at_most: int
+
+    def holds(self, architecture: Mapping[str, Option]) -> bool:
+        return self.at_least <= sum(architecture[path] != self.idle for path in self.paths) <= self.at_most
+
+    def can_hold(self, options: Mapping[str, Collection[Option]]) -> bool:
+        """Whether some choice among ``options`` keeps it."""
+        fewest = sum(self.idle not in options[path] for path in self.paths)
+        most = sum(set(options[path]) != {self.idle} for path in self.paths)
+        return max(self.at_least, fewest) <= min(self.at_most, most)
+
+    def __str__(self) -> str:
+        span = f"{self.at_least} to {self.at_most}" if self.at_least < self.at_most else str(self.at_most)
+        return f"{span} of {', '.join(self.paths)} are not {self.idle!r}"
+
+
 def walk(
     model: nn.Module, path: str = "", owner: tuple[str, str] | None = None
 ) -> Iterator[tuple[str, Decision, tuple[str, str] | None]]:
@@ -182,6 +220,30 @@ def decisions(model: nn.Module) -> dict[str, Decision]:
 def parents(model: nn.Module) -> dict[str, tuple[str, str]]:
     """For each nested decision the decision it depends on and the option it belongs to: ``{path: (outer, option)}``."""
     return {path: owner for path, _, owner in walk(model) if owner is not None}
+
+
+def rules(model: nn.Module) -> tuple[Rule, ...]:
+    """All rules that modules of ``model`` state, with full paths.
+
+    Raises: UserError for a rule that no network keeps, and for a decision that is none, is nested in an option, or has
+    another rule already.
+    """
+    found: list[Rule] = []
+    for path, module in model.named_modules():
+        own: tuple[Rule, ...] = getattr(module, "rules", ())
+        found += [rule._replace(paths=tuple(f"{path}.{p}".lstrip(".") for p in rule.paths)) for rule in own]
+    if not found:
+        return ()
+    known, nested, ruled = decisions(model), parents(model), set()
+    for rule in found:
+        for path in rule.paths:
+            if path not in known or path in nested or path in ruled:
+                wrong = "is no decision" if path not in known else "is nested" if path in nested else "has two rules"
+                raise UserError(f"a rule is about single decisions that every network has, but {path!r} {wrong}")
+            ruled.add(path)
+        if not rule.can_hold({path: known[path].options for path in rule.paths}):
+            raise UserError(f"no network keeps the rule that {rule}")
+    return tuple(found)
 
 
 def logits(model: nn.Module) -> list[nn.Parameter]:
@@ -211,6 +273,8 @@ def derive(model: nn.Module, architecture: Mapping[str, Option]) -> nn.Module:
         return copy.deepcopy(module, dict(closed))
 
     network = close("", model)
+    for module in network.modules():
+        module.__dict__.pop("rules", None)
     network.train(model.training)
     return network
 

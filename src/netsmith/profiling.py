@@ -127,7 +127,8 @@ def profile(
         prices = latency.prices
         predicted = [prices.of(network) for network in unseen]
         error = table_error(predicted, times[len(known) :]) if unseen else None
-    prices, parents = latency.prices, outline(space).parents
+    prices, lines = latency.prices, outline(space)
+    ends = [extreme(prices.options, lines.parents, lines.rules, largest=largest) for largest in (False, True)]
     return {
         "space": space_name,
         "device": device.name,
@@ -137,7 +138,7 @@ def profile(
         "entries": len(device.table if isinstance(device, TableDevice) else table.entries(fingerprint)),
         "new_entries": new,
         "ms_per_entry": 1e3 * spent / new if new else None,
-        "range_ms": [prices.of(extreme(prices.options, parents, largest=largest)) for largest in (False, True)],
+        "range_ms": [prices.of(end) for end in ends],
         "error": error,
     }
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from netsmith import gates
-from netsmith.architecture import enumerate_architectures
+from netsmith.architecture import enumerate_architectures, sample
 from netsmith.blocks.mobile import ConvBn, MBConv
 from netsmith.cost.counts import FileBytes, Macs, Params
 from netsmith.cost.prices import Prices, atoms, expected, tabulate
@@ -258,3 +258,15 @@ def test_modules_that_print_alike_are_not_confused():
     options = tabulate(nn.Sequential(OneOf(candidates)), Macs(), SHAPE).options
     assert options == {"0": {name: Macs()(module, SHAPE) for name, module in candidates.items()}}
     assert options["0"]["by2"] == 2 * options["0"]["by4"]
+
+
+@COSTS
+def test_a_choice_in_many_places_costs_their_sum(tied, cost):
+    model, generator = tied(), torch.Generator().manual_seed(0)
+    prices = tabulate(model, cost, SHAPE)
+    for architecture in [sample(model, generator) for _ in range(10)]:
+        assert prices.of(architecture) == cost(derive(model, architecture), SHAPE)
+    assert prices.at("edges.a", "conv") == 3 * cost(ConvBn(8, 8, 3), (8, 8, 8))
+    assert [atom.path for atom in atoms(model, SHAPE) if atom.owner == ("edges.b", "skip")] == [
+        f"edges.b.skip.{place}" for place in range(3)
+    ]

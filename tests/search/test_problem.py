@@ -1,5 +1,6 @@
 """The problem: prices, peak memory by brute force, and a preferred network that survives the knapsack."""
 
+import functools
 from collections import OrderedDict
 
 import pytest
@@ -8,11 +9,13 @@ from planted import macro, problem_of, stripes
 from torch import nn
 
 from netsmith.architecture import check, enumerate_architectures
+from netsmith.blocks.cells import Zero
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
 from netsmith.cost.budget import Budget
 from netsmith.cost.memory import PeakMemory
-from netsmith.decisions import OneOf, Width
+from netsmith.decisions import OneOf, Rule, Width
 from netsmith.errors import UserError
+from netsmith.search.allocate import Infeasible
 from netsmith.search.problem import prefer
 from netsmith.search.sampling import at_budget, capacity, flat
 from netsmith.tasks.classification import TestSplitTouched
@@ -139,3 +142,52 @@ def test_capacity_grows_with_macs_and_skip_is_worth_nothing():
     for path, row in values.items():
         assert sorted(row, key=row.__getitem__) == sorted(row, key=macs[path].__getitem__)
         assert row.get("skip", 0.0) == 0.0
+
+
+class Branches(nn.Module):
+    """Four branches side by side, of which one or two run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = ConvBn(1, 8, 3)
+        kinds = {"k1": 1, "k3": 3, "k5": 5}
+        self.branches = nn.ModuleDict(
+            {f"b{i}": OneOf({"none": Zero(), **{n: ConvBn(8, 8, k) for n, k in kinds.items()}}) for i in range(4)}
+        )
+        self.head = Head(8, 16, 3)
+        self.rules = (Rule(tuple(f"branches.b{i}" for i in range(4)), "none", 1, 2),)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return self.head(functools.reduce(torch.add, [branch(x) for branch in self.branches.values()]))
+
+
+def test_allocations_and_the_reference_keep_the_rules():
+    problem = problem_of(Branches)
+    networks = list(enumerate_architectures(Branches()))
+    latency = [problem.latency.of(a) for a in networks]
+    assert len(networks) == 4 * 3 + 6 * 9
+    assert problem.latency.of(problem.reference) == max(latency)
+    generator = torch.Generator().manual_seed(0)
+    values = {p: {o: float(torch.randn((), generator=generator)) for o in row} for p, row in capacity(problem).items()}
+    for sign in (1, -1):
+        signed = {path: {o: sign * v for o, v in row.items()} for path, row in values.items()}
+        for share in (0.3, 0.6, 1.0):
+            limit = share * max(latency)
+            worth = [sum(signed[p][o] for p, o in a.items()) for a in networks]
+            found = problem.allocate(signed, [Budget("latency", limit, "ms")])
+            assert found in networks
+            best = max(w for w, t in zip(worth, latency, strict=True) if t <= limit)
+            assert sum(signed[p][o] for p, o in found.items()) == pytest.approx(best)
+    assert at_budget(problem, problem.budgets[0], generator) in networks
+
+
+def test_a_rule_counts_in_what_the_smallest_network_needs():
+    problem = problem_of(Branches)
+    smallest = min(problem.latency.of(a) for a in enumerate_architectures(Branches()))
+    with pytest.raises(Infeasible) as caught:
+        problem.allocate(capacity(problem), [Budget("latency", 0.99 * smallest, "ms")])
+    assert caught.value.reachable[0][0] == pytest.approx(smallest)
+    only = {path: {"k1": 0.0} for path in problem.outline.options}
+    with pytest.raises(Infeasible, match=r"cannot keep the rule that 1 to 2 of branches.b0"):
+        problem.allocate(only, [])

@@ -291,7 +291,7 @@ class Head(nn.Module):
         return self.text
 
 
-DEFAULTS = {"stride": 1, "groups": 1, "squeeze": 0, "gate": "sigmoid", "act": "relu", "expand": True}
+DEFAULTS = {"stride": 1, "groups": 1, "squeeze": 0, "gate": "sigmoid", "act": "relu", "expand": True, "affine": True}
 
 
 def _text(kind: type, inputs: int, outputs: int, **options: Any) -> str:

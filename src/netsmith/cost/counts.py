@@ -47,8 +47,8 @@ class Macs:
 class FileBytes:
     """Bytes of the fp32 file: four per shipped parameter, batch norm folded.
 
-    Each folded norm leaves one bias per channel. The graph itself adds some kilobytes that depend on the exporter: the
-    promise loop measures the real file and corrects for them.
+    Each folded norm leaves one bias per channel, whether or not it had parameters. The graph itself adds some kilobytes
+    that depend on the exporter: the promise loop measures the real file and corrects for them.
     """
 
     name = "file"
@@ -58,8 +58,8 @@ class FileBytes:
     def __call__(self, module: nn.Module, input_shape: Shape) -> float:
         shipped = sum(parameter.numel() for parameter in module.parameters())
         for norm in module.modules():
-            if isinstance(norm, nn.BatchNorm2d) and norm.affine:
-                shipped -= norm.num_features
+            if isinstance(norm, nn.BatchNorm2d):
+                shipped += -norm.num_features if norm.affine else norm.num_features
         return 4.0 * shipped
 
 

@@ -12,7 +12,8 @@ from statistics import fmean
 import torch
 from torch import nn
 
-from netsmith.architecture import Outline, assemble, extreme, outline, sample
+from netsmith.architecture import Outline, assemble, draw_rules, extreme, outline, sample
+from netsmith.blocks.cells import FREE
 from netsmith.blocks.mobile import MBConv
 from netsmith.cost.counts import Shape
 from netsmith.cost.device import Device
@@ -97,7 +98,7 @@ def profile_space(
     A width decision is measured at some widths; between two of them the time is interpolated linearly. Nothing else
     is ever guessed: an entry that was not measured raises MissingEntry.
     """
-    found = [atom for atom in atoms(space, input_shape) if not isinstance(atom.module, nn.Identity)]
+    found = [atom for atom in atoms(space, input_shape) if not isinstance(atom.module, FREE)]
     lines = outline(space)
     if isinstance(device, TableDevice) and device.constant_ms:
         # A published table gives stem and head, which every network has, as one number.
@@ -183,7 +184,7 @@ def calibration_networks(space: nn.Module, seed: int, count: int = 16, raw: Pric
     lines = outline(space)
     if raw is None:
         return [sample(lines, generator) for _ in range(count)]
-    ends = [extreme(raw.options, lines.parents, largest=largest) for largest in (False, True)]
+    ends = [extreme(raw.options, lines.parents, lines.rules, largest=largest) for largest in (False, True)]
     rest = [sample(lines, generator) if i % 2 else leaning(lines, raw, generator) for i in range(count - 2)]
     return [*ends, *rest][:count]
 
@@ -191,6 +192,7 @@ def calibration_networks(space: nn.Module, seed: int, count: int = 16, raw: Pric
 def leaning(lines: Outline, raw: Prices, generator: torch.Generator) -> Architecture:
     """A random network that prefers cheap or dear options, as much as chance has it (up to e^4 to 1)."""
     strength = float(torch.empty(1).uniform_(-4, 4, generator=generator))
+    kept = draw_rules(lines, generator)
     inside: dict[tuple[str, Option], list[str]] = defaultdict(list)
     for path, owner in lines.parents.items():
         inside[owner].append(path)
@@ -201,7 +203,7 @@ def leaning(lines: Outline, raw: Prices, generator: torch.Generator) -> Architec
         return raw.at(path, option) + sum(fmean(price(p, o) for o in lines.options[p]) for p in inside[path, option])
 
     def choose(path: str, options: list[Option]) -> Option:
-        ranked = sorted(options, key=lambda option: price(path, option))
+        ranked = sorted(kept.get(path, options), key=lambda option: price(path, option))
         weights = (strength * torch.linspace(0, 1, len(ranked))).exp()
         return ranked[int(torch.multinomial(weights, 1, generator=generator))]
 

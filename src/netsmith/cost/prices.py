@@ -112,6 +112,10 @@ def _walk(
         for option in module.options:
             yield from _walk(f"{path}.{option}".lstrip("."), module.candidate(option), (path, option))
         return
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):  # runs piece by piece: so are `Places`, and rows of cells
+        for name, child in module.named_children():
+            yield from _walk(f"{path}.{name}".lstrip("."), child, owner)
+        return
     owned = {name: child for name, child in module.named_children() if isinstance(child, Width)}
     if owned:
         name, _ = _only_width(path, module, owned)

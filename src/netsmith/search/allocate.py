@@ -20,6 +20,8 @@ from typing import Any, Protocol
 
 from netsmith.architecture import extreme
 from netsmith.cost.budget import TOLERANCE, show
+from netsmith.cost.prices import Prices as Counts
+from netsmith.decisions import Rule
 from netsmith.errors import UserError
 
 Option = str | int
@@ -86,12 +88,14 @@ def allocate(
     limits: Sequence[Limit],
     parents: Parents | None = None,
     *,
+    rules: Sequence[Rule] = (),
     forbidden: Sequence[Mapping[str, Option]] = (),
     time_limit: float = 60.0,
     gap: float = 0.0,
 ) -> Architecture:
     """The architecture (active decisions only) with the largest sum of values within all limits.
 
+    rules: how many of some decisions of the top level are not idle.
     forbidden: no answer contains all choices of one of these; whole architectures or parts of them.
     time_limit: seconds. gap: relative distance from the optimum that is good enough; 0 means proven optimal.
 
@@ -101,9 +105,8 @@ def allocate(
 
         allocate({"block": {"k3": 0.2, "k5": 0.5}}, [Limit(prices, at_most=5.0)])  # {"block": "k5"}
     """
-    return _solve(
-        values, limits, parents or {}, [(choices, len(choices) - 1) for choices in forbidden], time_limit, gap
-    )
+    cuts = [(choices, len(choices) - 1) for choices in forbidden]
+    return _solve(values, limits, parents or {}, cuts, time_limit, gap, rules)
 
 
 def diverse(
@@ -140,16 +143,29 @@ Cut = tuple[Mapping[str, Option], int]
 
 
 def _solve(
-    values: Options, limits: Sequence[Limit], parents: Parents, cuts: Sequence[Cut], time_limit: float, gap: float
+    values: Options,
+    limits: Sequence[Limit],
+    parents: Parents,
+    cuts: Sequence[Cut],
+    time_limit: float,
+    gap: float,
+    rules: Sequence[Rule] = (),
 ) -> Architecture:
     _check(values, limits, parents, cuts)
-    reachable = [(_end(limit.prices, parents, False), _end(limit.prices, parents, True)) for limit in limits]
+    counts = [_counted(rule, values) for rule in rules]
+
+    def end(limit: Limit, largest: bool) -> float:
+        options = limit.prices.options
+        return limit.prices.constant + _total(options, extreme(options, parents, rules, largest=largest))
+
+    reachable = [(end(limit, False), end(limit, True)) for limit in limits]
     infeasible = _infeasible(limits, reachable, len(cuts))
     for limit, (small, large) in zip(limits, reachable, strict=True):
         if small > limit.at_most + limit.slack or large < limit.low - limit.slack:
             raise infeasible
     if not values:
         return {}
+    limits = [*limits, *counts]
     deadline = time.monotonic() + time_limit
     cuts = list(cuts)
     for _ in range(100):
@@ -168,6 +184,14 @@ def _solve(
             return architecture
         cuts.append((architecture, len(architecture) - 1))  # within the solver's tolerance, not within ours
     raise Unsolved("the solver's answers do not keep the limits: are prices of very different size added up?")
+
+
+def _counted(rule: Rule, values: Options) -> Limit:
+    """The rule as a limit: a decision that is not idle costs 1."""
+    if not rule.can_hold(values):
+        raise Infeasible(f"no network is within budget: the options that are left cannot keep the rule that {rule}")
+    count = {p: {o: float(p in rule.paths and o != rule.idle) for o in row} for p, row in values.items()}
+    return Limit(Counts(0.0, count), rule.at_most, rule.at_least, "rule")
 
 
 class _Program:
@@ -373,10 +397,6 @@ def _verify(architecture: Architecture, values: Options, parents: Parents, cuts:
 
 def _chosen(architecture: Architecture, choice: tuple[str, Option]) -> bool:
     return choice[0] in architecture and architecture[choice[0]] == choice[1]
-
-
-def _end(prices: Prices, parents: Parents, largest: bool) -> float:
-    return prices.constant + _total(prices.options, extreme(prices.options, parents, largest=largest))
 
 
 def _total(numbers: Options, architecture: Mapping[str, Option]) -> float:

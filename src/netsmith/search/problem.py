@@ -80,7 +80,7 @@ class Problem:
     @cached_property
     def reference(self) -> Architecture:
         """The dearest network of the space; relative budgets are relative to it."""
-        return extreme(self.latency.options, self.parents, largest=True)
+        return extreme(self.latency.options, self.parents, self.outline.rules, largest=True)
 
     def plain(self, architecture: Mapping[str, Option]) -> nn.Module:
         """The network of ``architecture`` without numbers: for counting."""
@@ -131,10 +131,10 @@ class Problem:
             replace(limit, prices=_restricted(self.prices[limit.name], values)) for limit in self.limits(budgets, scale)
         ]
         if not memory:
-            return allocate(values, limits, self.parents)
+            return allocate(values, limits, self.parents, rules=self.outline.rules)
         forbidden: list[Architecture] = []
         for _ in range(200):
-            architecture = allocate(values, limits, self.parents, forbidden=forbidden)
+            architecture = allocate(values, limits, self.parents, rules=self.outline.rules, forbidden=forbidden)
             if PeakMemory()(self.plain(architecture), self.input_shape) <= min(memory):
                 return architecture
             forbidden.append(architecture)
@@ -189,7 +189,8 @@ class Problem:
         limits = sorted({self._memory_alone(i, width) for i, width in enumerate(narrowest)})
         least = limits[bisect_left(limits, True, key=lambda limit: self._fitting(values, limit) is not None)]
         fitting = _reachable(self._fitting(values, least) or values, self.parents)
-        smallest = extreme(_restricted(self.prices["macs"], fitting).options, self.parents, largest=False)
+        prices = _restricted(self.prices["macs"], fitting).options
+        smallest = extreme(prices, self.parents, self.outline.rules, largest=False)
         return PeakMemory()(self.plain(smallest), self.input_shape)
 
 

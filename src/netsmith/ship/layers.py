@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from netsmith.blocks.cells import FREE
 from netsmith.cost import meter
 from netsmith.cost.counts import Macs, Params, Shape, to_meta
 from netsmith.cost.device import Device
@@ -40,7 +41,7 @@ def layers(
     predicted: Mapping[str, float] | None = None,
     seconds: float = 10.0,
 ) -> list[Layer]:
-    """The layers of nested `nn.Sequential`s in order; identities are left out.
+    """The layers of nested `nn.Sequential`s, lists and cells in the order they run; what does nothing is left out.
 
     With a ``device`` each gets the time by which it makes the network longer: all beginnings of the network (the first
     layer, the first two, ...) are timed in turn for about ``seconds``, and neighbours subtracted. Layers timed one by
@@ -50,9 +51,8 @@ def layers(
 
     A network that is no `nn.Sequential` gives its children, without measured times.
     """
-    chain = [(name, network.get_submodule(name)) for name, _ in _flat(network)]
-    shapes = _shapes(network, [name for name, _ in chain], input_shape)
-    chain = [(name, module) for name, module in chain if name in shapes]
+    shapes = _shapes(network, [name for name, _ in _flat(network)], input_shape)
+    chain = [(name, network.get_submodule(name)) for name in shapes]
     chained = type(network) is nn.Sequential
     measured = _differences([m for _, m in chain], input_shape, device, seconds) if device and chained else []
     found = []
@@ -75,9 +75,9 @@ def layers(
 
 def _flat(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
-        if type(child) is nn.Sequential:
+        if type(child) is nn.Sequential or isinstance(child, nn.ModuleList | nn.ModuleDict):
             yield from _flat(child, f"{prefix}{name}.")
-        elif not isinstance(child, nn.Identity):
+        elif not isinstance(child, FREE):
             yield f"{prefix}{name}", child
 
 

@@ -19,6 +19,8 @@ SPACES = {
     "fbnet_small": "netsmith.spaces.small:fbnet_small",
     "single_path": "netsmith.spaces.single_path:single_path",
     "prunet_small": "netsmith.spaces.small:prunet_small",
+    "nasbench201": "netsmith.spaces.nasbench201:nasbench201",
+    "darts": "netsmith.spaces.darts:darts",
 }
 """Name -> where its function is; every one takes ``classes``, ``channels`` and ``resolution`` (px)."""
 
