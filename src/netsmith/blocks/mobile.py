@@ -291,6 +291,21 @@ class Head(nn.Module):
         return self.text
 
 
+class Classifier(nn.Module):
+    """Global mean, linear classifier."""
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.text = _text(Classifier, inputs, classes)
+        self.linear = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x.mean((2, 3)))
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 DEFAULTS = {"stride": 1, "groups": 1, "squeeze": 0, "gate": "sigmoid", "act": "relu", "expand": True}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from netsmith.cost import meter
-from netsmith.cost.counts import Macs, Params, Shape, to_meta
+from netsmith.cost.counts import Macs, Params, Shape, shipped, to_meta
 from netsmith.cost.device import Device
 
 
@@ -40,7 +40,7 @@ def layers(
     predicted: Mapping[str, float] | None = None,
     seconds: float = 10.0,
 ) -> list[Layer]:
-    """The layers of nested `nn.Sequential`s in order; identities are left out.
+    """The layers of nested `nn.Sequential`s in order, as shipped; identities are left out.
 
     With a ``device`` each gets the time by which it makes the network longer: all beginnings of the network (the first
     layer, the first two, ...) are timed in turn for about ``seconds``, and neighbours subtracted. Layers timed one by
@@ -50,6 +50,7 @@ def layers(
 
     A network that is no `nn.Sequential` gives its children, without measured times.
     """
+    network = shipped(network)
     chain = [(name, network.get_submodule(name)) for name, _ in _flat(network)]
     shapes = _shapes(network, [name for name, _ in chain], input_shape)
     chain = [(name, module) for name, module in chain if name in shapes]

@@ -19,6 +19,8 @@ SPACES = {
     "fbnet_small": "netsmith.spaces.small:fbnet_small",
     "single_path": "netsmith.spaces.single_path:single_path",
     "prunet_small": "netsmith.spaces.small:prunet_small",
+    "repvgg": "netsmith.spaces.repvgg:repvgg",
+    "repvgg_small": "netsmith.spaces.repvgg:repvgg_small",
 }
 """Name -> where its function is; every one takes ``classes``, ``channels`` and ``resolution`` (px)."""
 
