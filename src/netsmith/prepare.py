@@ -98,7 +98,9 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     space_options = {**offered_widths(space, device), **options.space_options, **shape}
     with torch.device("meta"):  # wrong options should not leave a folder behind
         opened = open_space(space, **space_options)
-    if not BranchCount()(opened, task.input_shape) and any(b.metric == "branches" for b in parse_budgets(options.budget)[0]):
+    if not BranchCount()(opened, task.input_shape) and any(
+        b.metric == "branches" for b in parse_budgets(options.budget)[0]
+    ):
         raise UserError(f"a budget on branches was given, but the space {space!r} has none; repvgg_small and repvgg do")
     problem = {
         "task": task_name,

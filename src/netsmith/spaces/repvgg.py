@@ -47,7 +47,9 @@ def repvgg(
     if variant not in VARIANTS:
         raise unknown("RepVGG", variant, VARIANTS)
     if resolution < 64:
-        raise UserError(f"repvgg divides the resolution by 32 and needs 64 px; given: {resolution} px (see repvgg_small)")
+        raise UserError(
+            f"repvgg divides the resolution by 32 and needs 64 px; given: {resolution} px (see repvgg_small)"
+        )
     layers, a, b, groups = VARIANTS[variant]
     widths = [int(64 * a), int(128 * a), int(256 * a), int(512 * b)]
     return _plain(classes, channels, min(64, widths[0]), widths, (2, 2, 2, 2, 2), layers, groups)
