@@ -208,6 +208,7 @@ def test_a_run_in_another_versions_words_is_named(tmp_path, change, said):
         ({"space_options": {"depth": "3"}}, "space_options.depth is '3'; it should be a valid integer"),
         ({"space_options": {"depth": -1}}, "space_options.depth is -1; it should be greater than 0"),
         ({"space_options": {"step": 0.5}}, "space_options.step is 0.5"),
+        ({"budget": ("branches<=44",)}, "budget on branches was given, but the space 'prunet_small' has none"),
         ({"recipe": {"epoch": 1}}, "recipe.epoch: unknown; did you mean epochs?"),
         ({"method": "random", "search_epochs": 3}, "random trains nothing to search"),
         ({"task": "folder:/no/such"}, "no such folder"),

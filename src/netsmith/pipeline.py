@@ -19,7 +19,7 @@ from torch import nn
 
 from netsmith.architecture import loads
 from netsmith.cost.budget import Budget, parse_budgets
-from netsmith.cost.counts import Macs, Params
+from netsmith.cost.counts import BranchCount, Macs, Params
 from netsmith.cost.device import Device, load_shipped, parse_device, torch_threads
 from netsmith.cost.imported import import_table
 from netsmith.cost.latency import SpaceLatency, calibrate, calibration_networks, profile_space
@@ -154,6 +154,7 @@ class Job:
             "macs": Macs()(plain, shape),
             "peak_memory": PeakMemory()(plain, shape),
             "file": float(file.stat().st_size),
+            "branches": BranchCount()(plain, shape),
         }
         return {"architecture": architecture, "cost": cost}
 

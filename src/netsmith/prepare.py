@@ -83,6 +83,8 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     """The content of `problem.yaml`: the options with nothing left open, paths absolute. Opens the task's data."""
     import torch
 
+    from netsmith.cost.counts import BranchCount
+
     task_name = options.task
     if task_name.startswith("folder:"):  # a run can be continued from anywhere
         task_name = f"folder:{Path(task_name.removeprefix('folder:')).expanduser().absolute()}"
@@ -95,7 +97,11 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     device = None if options.table else parse_device(options.device)
     space_options = {**offered_widths(space, device), **options.space_options, **shape}
     with torch.device("meta"):  # wrong options should not leave a folder behind
-        open_space(space, **space_options)
+        opened = open_space(space, **space_options)
+    if not BranchCount()(opened, task.input_shape) and any(
+        b.metric == "branches" for b in parse_budgets(options.budget)[0]
+    ):
+        raise UserError(f"a budget on branches was given, but the space {space!r} has none; repvgg_small and repvgg do")
     problem = {
         "task": task_name,
         **({"images": task.fingerprint} if task.fingerprint else {}),

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from netsmith.blocks.cells import Classifier, DilConv, FactorizedReduce, Pool, ReluConvBn, SepConv, Zero, next_node
+from netsmith.blocks.cells import DilConv, FactorizedReduce, Pool, ReluConvBn, SepConv, Zero, next_node
+from netsmith.blocks.mobile import Classifier
 from netsmith.cost.counts import FileBytes, Macs, Params
 from netsmith.cost.memory import PeakMemory
 from netsmith.decisions import Places

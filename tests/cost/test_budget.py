@@ -28,6 +28,7 @@ from netsmith.errors import UserError
         ("file<=1MB", Budget("file", 1e6, "B")),
         ("size<=1MiB", Budget("file", 2.0**20, "B")),
         ("file<=0.25x", Budget("file", 0.25, "B", relative=True)),
+        ("branches<=44", Budget("branches", 44.0, "")),
     ],
 )
 def test_parse_and_back(text, budget):
@@ -41,7 +42,7 @@ def test_text_is_short():
 
 
 @given(
-    st.sampled_from(["latency", "params", "macs", "peak_memory", "file"]),
+    st.sampled_from(["latency", "params", "macs", "peak_memory", "file", "branches"]),
     st.floats(min_value=1e-9, max_value=1e15, allow_subnormal=False),
     st.booleans(),
 )

@@ -12,6 +12,7 @@ from torch import nn
 from netsmith import architecture as architectures
 from netsmith.architecture import extreme, outline
 from netsmith.blocks.mobile import ConvBn, Head, MBConv
+from netsmith.blocks.reparam import Branches
 from netsmith.cost.counts import Macs
 from netsmith.cost.imported import import_table
 from netsmith.cost.latency import SpaceLatency, calibration_networks, interpolate, leaning, profile_space, width_step
@@ -63,6 +64,23 @@ def test_the_layers_of_a_network_add_up_to_its_price(build, tmp_path: Path):
         for layer in named.values():
             entry = entries()[entry_key(network.get_submodule(layer.name), layer.input)]
             assert layer.predicted_ms == pytest.approx(1.1 * entry - 0.01 + 1e-4 * layer.params, rel=1e-12)
+
+
+def test_branches_are_timed_as_what_they_fold_into(tmp_path: Path):
+    """With the entry of the plain layer, whatever is on; the branches themselves cost nothing."""
+    model = nn.Sequential(Branches(3, 8, kinds=("kxk", "1x1")), OneOf({"b": Branches(8, 8), "skip": nn.Identity()}))
+    known = {"ConvBn(3, 8, kernel=3) @ 3x8x8": 1.0, "ConvBn(8, 8, kernel=3) @ 8x8x8": 0.25}
+    latency = profile_space(model, (3, 8, 8), TableDevice("board", known), LatencyTable(tmp_path / "t.sqlite"))
+    assert latency.raw.constant == 1.0
+    assert latency.raw.options["1"] == {"b": 0.25, "skip": 0.0}
+    for prices in (latency.raw, latency.layers, latency.weights):
+        assert [path for path, row in prices.options.items() if any(row.values())] == ["1"]
+    assert latency.weights.at("1", "b") == 8 * 8 * 9 + 8
+    architecture = dict.fromkeys(latency.raw.options, "on") | {"1": "b"}
+    by_layer = {name: ms for name, ms in latency.by_layer(architecture).items() if ms}
+    assert by_layer == {"0": 1.0, "1": 0.25}
+    named = {layer.name: layer for layer in ship_layers(derive(model, architecture), (3, 8, 8), predicted=by_layer)}
+    assert {name: layer.predicted_ms for name, layer in named.items()} == by_layer
 
 
 def test_an_option_without_entry_is_an_error_and_a_fixed_part_only_without_a_constant(tmp_path: Path):

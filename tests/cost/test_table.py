@@ -122,6 +122,9 @@ def test_calibration_with_few_networks():
     one = Calibration.fit([[2.0, 5, 1e4]], [1.5])
     assert (one.constant, one.per_layer, one.per_weight) == (0, 0, 0)
     assert one.predict([4.0, 9, 1e4]) == pytest.approx(3.0)
+    alike = Calibration.fit([[2.0, 5, 1e4]] * 9, [1.5] * 8 + [1.6])  # of networks alike there is one to learn from
+    assert (alike.constant, alike.per_layer, alike.per_weight) == (0, 0, 0)
+    assert alike.scale == pytest.approx(0.755, rel=1e-2)
     four = Calibration.fit([[1, 9, 5], [2, 3, 8], [3, 5, 2], [4, 7, 6]], [1.5, 2.5, 3.5, 4.5])
     assert (four.constant, four.scale, four.per_layer) == pytest.approx((0.5, 1.0, 0.0))
     noisy = Calibration.fit([[1, 1, 1], [2, 1, 1]], [1.0, 3.0])

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv, SqueezeExcite
+from netsmith.blocks.reparam import KINDS, Branches
 from netsmith.decisions import OneOf, Width, derive
 from netsmith.errors import UserError
 from netsmith.ship.export import export, fold, read_metadata
@@ -33,6 +34,8 @@ BLOCKS = {
     "derived_width": lambda: derive(MBConv(8, 8, hidden=Width((8, 16, 24)), squeeze=4), {"hidden": 16}),
     "squeeze": lambda: SqueezeExcite(8, 4),
     "head": lambda: Head(8, 16, 5, dropout=0.2),
+    "branches": lambda: derive(Branches(8, 8, groups=2), dict.fromkeys(KINDS, "on")),
+    "branches_stride": lambda: derive(Branches(8, 8, stride=2, act="swish"), dict.fromkeys(KINDS, "on")),
 }
 
 
@@ -101,6 +104,32 @@ def test_folding_a_block_is_exact(block, dtype, tolerance):
     torch.testing.assert_close(folded(x), network.eval()(x), rtol=tolerance, atol=tolerance)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
     assert network.state_dict().keys() == before.keys()
+
+
+class Doubling(nn.Module):
+    """Says itself what it folds into, and that has a batch norm which folds further."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = ConvBn(8, 8, 3, act="none")
+
+    def forward(self, x):
+        return 2 * self.conv(x)
+
+    def folded(self):
+        doubled = copy.deepcopy(self.conv)
+        doubled.bn.weight.data *= 2
+        doubled.bn.bias.data *= 2
+        return doubled
+
+
+def test_what_folds_itself_is_replaced_before_the_norms_fold():
+    network = settled(nn.Sequential(Doubling(), nn.ReLU())).eval()
+    folded = fold(network)
+    assert isinstance(folded[0], ConvBn)
+    assert isinstance(folded[0].bn, nn.Identity)
+    assert isinstance(network[0], Doubling)
+    torch.testing.assert_close(folded(images(2)), network(images(2)), rtol=1e-5, atol=1e-5)
 
 
 class Untraceable(nn.Module):

@@ -8,13 +8,13 @@ from torch import nn
 
 from netsmith import gates
 from netsmith.architecture import check, dumps, loads, mutate, sample
-from netsmith.cost.counts import FileBytes, Macs, Params
+from netsmith.cost.counts import BranchCount, FileBytes, Macs, Params
 from netsmith.cost.prices import Prices, expected, tabulate
 from netsmith.decisions import Decision, decisions, derive, logits
 from netsmith.errors import UserError
 from netsmith.spaces import SPACES, open_space
 
-RESOLUTIONS = {"fbnet": 224, "prunet": 224, "single_path": 224}
+RESOLUTIONS = {"fbnet": 224, "prunet": 224, "single_path": 224, "repvgg": 224}
 """Pixels each is made for; 32 where nothing is said."""
 
 every = pytest.mark.parametrize("name", SPACES)
@@ -37,7 +37,7 @@ def build(name: str) -> nn.Module:
 
 
 @functools.cache
-def table(name: str, cost: Params | Macs | FileBytes) -> Prices:
+def table(name: str, cost: Params | Macs | FileBytes | BranchCount) -> Prices:
     return tabulate(build(name), cost, shape(name))
 
 
@@ -92,14 +92,15 @@ def test_the_prices_of_the_options_add_up_to_the_derived_network(name):
     generator = torch.Generator().manual_seed(0)
     a = sample(model, generator)
     child = derive(model, a)
-    for cost in (Params(), Macs(), FileBytes()):
+    for cost in (Params(), Macs(), FileBytes(), BranchCount()):
         assert table(name, cost).of(a) == cost(child, shape(name)), cost
 
 
 @every
 def test_the_expectation_reaches_every_logit(name):
     model = build(name)
-    prices = table(name, Params())
+    # What is decided in a space of branches costs training only.
+    prices = table(name, BranchCount() if table(name, BranchCount()).of(sample(model, torch.Generator())) else Params())
     total = expected(model, prices)
     total.backward()
     assert prices.constant < total.item() < sum(max(row.values()) for row in prices.options.values()) + prices.constant
@@ -113,7 +114,7 @@ def test_unknown_names_and_options():
         open_space("fbnet", clases=10)
 
 
-@pytest.mark.parametrize(("name", "resolution"), [("fbnet", 32), ("prunet", 96), ("single_path", 32)])
+@pytest.mark.parametrize(("name", "resolution"), [("fbnet", 32), ("prunet", 96), ("single_path", 32), ("repvgg", 32)])
 def test_imagenet_strides_refuse_small_images(name, resolution):
     # AnnaAraslanova/FBNet ran ImageNet strides on 32 px: 1x1 maps, hence many skips and some 80 % on CIFAR.
     with pytest.raises(UserError, match=rf"needs \d+ px; given: {resolution} px"):

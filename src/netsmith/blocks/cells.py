@@ -130,23 +130,6 @@ FREE = (nn.Identity, Zero)
 """Layers that do nothing: no entry in a latency table, no box in a drawing."""
 
 
-class Classifier(nn.Module):
-    """Batch norm and ReLU (with ``norm``), global mean, linear classifier."""
-
-    def __init__(self, inputs: int, classes: int, *, norm: bool = False) -> None:
-        super().__init__()
-        self.text = f"Classifier({inputs}, {classes}, norm={norm})"
-        self.bn = nn.BatchNorm2d(inputs) if norm else nn.Identity()
-        self.act = nn.ReLU() if norm else nn.Identity()
-        self.linear = nn.Linear(inputs, classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.act(self.bn(x)).mean((2, 3)))
-
-    def __repr__(self) -> str:
-        return self.text
-
-
 def next_node(edges: nn.ModuleDict, nodes: list[Tensor], place: int) -> Tensor:
     """The sum over the edges ``"i_j"`` from the nodes i so far to the next one, j, as they stand in cell ``place``.
 

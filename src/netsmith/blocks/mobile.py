@@ -291,7 +291,33 @@ class Head(nn.Module):
         return self.text
 
 
-DEFAULTS = {"stride": 1, "groups": 1, "squeeze": 0, "gate": "sigmoid", "act": "relu", "expand": True, "affine": True}
+class Classifier(nn.Module):
+    """Batch norm and ReLU (with ``norm``), global mean, linear classifier."""
+
+    def __init__(self, inputs: int, classes: int, *, norm: bool = False) -> None:
+        super().__init__()
+        self.text = _text(Classifier, inputs, classes, norm=norm)
+        self.bn = nn.BatchNorm2d(inputs) if norm else nn.Identity()
+        self.act = nn.ReLU() if norm else nn.Identity()
+        self.linear = nn.Linear(inputs, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.act(self.bn(x)).mean((2, 3)))
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+DEFAULTS = {
+    "stride": 1,
+    "groups": 1,
+    "squeeze": 0,
+    "gate": "sigmoid",
+    "act": "relu",
+    "expand": True,
+    "affine": True,
+    "norm": False,
+}
 
 
 def _text(kind: type, inputs: int, outputs: int, **options: Any) -> str:

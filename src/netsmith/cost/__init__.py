@@ -6,5 +6,6 @@ COSTS = {
     "macs": "netsmith.cost.counts:Macs",
     "peak_memory": "netsmith.cost.memory:PeakMemory",
     "file": "netsmith.cost.counts:FileBytes",
+    "branches": "netsmith.cost.counts:BranchCount",
 }
 """Name in a budget -> where its price is."""

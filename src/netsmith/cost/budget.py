@@ -28,6 +28,7 @@ _METRICS: dict[str, tuple[str, dict[str, float], str]] = {
     "macs": ("", _COUNTS, "macs<=30M"),
     "peak_memory": ("B", _SIZES, "peak_memory<=256kB"),
     "file": ("B", _SIZES, "file<=1MB"),
+    "branches": ("", _COUNTS, "branches<=44"),
 }
 _PREFIXES = {
     "ms": ("ms", {"s": 1e3, "ms": 1.0, "µs": 1e-3, "ns": 1e-6}),

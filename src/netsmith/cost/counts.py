@@ -1,7 +1,8 @@
 """Counted costs: parameters, multiply-accumulates, bytes of the shipped file.
 
 Convention: one MAC is one multiply-accumulate of a convolution or matrix product, with batch 1. Batch norm (folded when
-shipped), activations, means and additions count 0. Nothing is computed: modules run on the ``meta`` device.
+shipped), activations, means and additions count 0. Nothing is computed: modules run on the ``meta`` device. What
+folds itself when shipped (`shipped`) counts as what it folds into.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from netsmith.blocks.reparam import Branch
 
 Shape = tuple[int, int, int]
 """(channels, height, width) of one image; the batch is 1."""
@@ -28,7 +31,7 @@ class Params:
     counted = True
 
     def __call__(self, module: nn.Module, input_shape: Shape) -> float:
-        return float(sum(parameter.numel() for parameter in module.parameters()))
+        return float(sum(parameter.numel() for parameter in shipped(module).parameters()))
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,39 @@ class FileBytes:
     counted = True
 
     def __call__(self, module: nn.Module, input_shape: Shape) -> float:
-        shipped = sum(parameter.numel() for parameter in module.parameters())
+        module = shipped(module)
+        count = sum(parameter.numel() for parameter in module.parameters())
         for norm in module.modules():
             if isinstance(norm, nn.BatchNorm2d):
-                shipped += -norm.num_features if norm.affine else norm.num_features
-        return 4.0 * shipped
+                count += -norm.num_features if norm.affine else norm.num_features
+        return 4.0 * count
+
+
+@dataclass(frozen=True)
+class BranchCount:
+    """Branches that a network trains with, and folds away when shipped (spaces `repvgg` and `repvgg_small`)."""
+
+    name = "branches"
+    unit = ""
+    counted = True
+    trained = True
+
+    def __call__(self, module: nn.Module, input_shape: Shape) -> float:
+        return float(sum(isinstance(part, Branch) for part in module.modules()))
+
+
+def shipped(module: nn.Module) -> nn.Module:
+    """The module with every part that has a ``folded()`` replaced by what that returns: a copy, or, where no part has
+    one, the module itself."""
+    folded: dict[int, object] = {id(part): part.folded() for part in module.modules() if hasattr(part, "folded")}  # pyright: ignore[reportCallIssue]
+    return copy.deepcopy(module, folded) if folded else module
 
 
 def count_macs(module: nn.Module, input_shape: Shape) -> float:
     """Exact MACs of one image of ``input_shape``. Raises what the module's own forward raises on a wrong shape."""
-    counter = FlopCounterMode(display=False)
+    counter, plain = FlopCounterMode(display=False), shipped(to_meta(module))
     with counter:
-        run_shapes(to_meta(module), image(module, input_shape))
+        run_shapes(plain, image(module, input_shape))
     flops = counter.get_total_flops()
     assert flops % 2 == 0
     return flops / 2

@@ -203,7 +203,9 @@ class TorchCuda:
 
 def load_shipped(device: Device, network: nn.Module, file: Path, input_shape: Shape) -> Callable[[], object]:
     """One inference of the exported file; on a device that runs no files, of the network that it was made from."""
-    return device.load(file if isinstance(device, OrtCpu) else network, input_shape)
+    from netsmith.cost.counts import shipped
+
+    return device.load(file if isinstance(device, OrtCpu) else shipped(network), input_shape)
 
 
 DEVICES: dict[str, type[OrtCpu] | type[TorchCpu] | type[TorchCuda]] = {

@@ -15,7 +15,7 @@ from torch import nn
 from netsmith.architecture import Outline, assemble, draw_rules, extreme, outline, sample
 from netsmith.blocks.cells import FREE
 from netsmith.blocks.mobile import MBConv
-from netsmith.cost.counts import Shape
+from netsmith.cost.counts import Shape, shipped
 from netsmith.cost.device import Device
 from netsmith.cost.meter import measure
 from netsmith.cost.prices import Atom, Prices, atoms
@@ -166,7 +166,8 @@ def calibrate(
     seconds: float = 12.0,
 ) -> list[float]:
     """Milliseconds of whole networks, measured together in one round-robin, for `SpaceLatency.calibrated`."""
-    loaded = {str(i): device.load(materialised(derive(space, a)), input_shape) for i, a in enumerate(networks)}
+    plain = (materialised(shipped(derive(space, a))) for a in networks)
+    loaded = {str(i): device.load(network, input_shape) for i, network in enumerate(plain)}
     measured = measure(loaded, seconds=seconds)
     return [measured[str(i)].median_ms for i in range(len(networks))]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from netsmith.cost.counts import Shape, image, to_meta
+from netsmith.cost.counts import Shape, image, shipped, to_meta
 from netsmith.errors import UserError
 
 ALIASES = (nn.Identity, nn.Dropout, nn.Flatten)
@@ -42,7 +42,7 @@ def peak_elements(module: nn.Module, input_shape: Shape) -> int:
 
     Raises: UserError when the module cannot be traced (its memory is unknown, not 0).
     """
-    shaped = to_meta(module)
+    shaped = shipped(to_meta(module))
     try:
         graph = fx.symbolic_trace(shaped)
         ShapeProp(graph).propagate(image(module, input_shape))

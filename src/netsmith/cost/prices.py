@@ -1,7 +1,8 @@
 """What every option of a supernet costs, for costs that add up.
 
 A supernet is priced atom by atom. An atom is a largest part without a `OneOf` inside: a fixed stem, a candidate
-block, a block with one open `Width`. Whatever adds up over atoms (parameters, MACs, file bytes, latency from a table)
+block, a block with one open `Width`; or a part that folds itself when shipped, whatever is decided inside: it costs
+what it folds into. Whatever adds up over atoms (parameters, MACs, file bytes, latency from a table)
 becomes plain data, `Prices`, which the knapsack, the differentiable expectation and the report all read.
 """
 
@@ -14,7 +15,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from netsmith.cost.counts import Shape, image, run_shapes, to_meta
+from netsmith.cost.counts import Shape, image, run_shapes, shipped, to_meta
 from netsmith.decisions import Decision, OneOf, Option, Width, _only_width, decisions, parents
 from netsmith.errors import UserError
 
@@ -75,13 +76,14 @@ def _is_plain(value: object) -> bool:
     return all(isinstance(part, int | float | str) for part in (value if isinstance(value, tuple) else (value,)))
 
 
-def atoms(supernet: nn.Module, input_shape: Shape) -> list[Atom]:
-    """All atoms with their input shapes, found by one forward pass of a copy without numbers through every option.
+def atoms(supernet: nn.Module, input_shape: Shape, *, trained: bool = False) -> list[Atom]:
+    """All atoms with their input shapes, found by one forward pass of a copy without numbers through every option;
+    with ``trained`` those of the network in training, before anything folds.
 
     Raises: UserError for what would have no price, or one price for two runs.
     """
     shadow = to_meta(supernet)
-    found = list(_walk("", supernet, None))
+    found = list(_walk("", supernet, None, trained))
     shapes: dict[int, Shape] = {}
 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -106,11 +108,14 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _walk(
-    path: str, module: nn.Module, owner: tuple[str, Option] | None
+    path: str, module: nn.Module, owner: tuple[str, Option] | None, trained: bool
 ) -> Iterator[tuple[str, nn.Module, tuple[str, Option] | None, str | None]]:
     if isinstance(module, OneOf):
         for option in module.options:
-            yield from _walk(f"{path}.{option}".lstrip("."), module.candidate(option), (path, option))
+            yield from _walk(f"{path}.{option}".lstrip("."), module.candidate(option), (path, option), trained)
+        return
+    if not trained and hasattr(module, "folded"):
+        yield path, shipped(to_meta(module)), owner, None
         return
     if isinstance(module, nn.ModuleList | nn.ModuleDict):  # runs piece by piece: so are `Places`, and rows of cells
         for name, child in module.named_children():
@@ -127,17 +132,18 @@ def _walk(
                 "move them into a child module, so that they have a price"
             )
         for name, child in module.named_children():
-            yield from _walk(f"{path}.{name}".lstrip("."), child, owner)
+            yield from _walk(f"{path}.{name}".lstrip("."), child, owner, trained)
     else:
-        yield path, module, owner, None
+        yield path, module if trained else shipped(module), owner, None
 
 
 def tabulate(supernet: nn.Module, price: Price, input_shape: Shape) -> Prices:
-    """Price every atom. ``price(module, shape)`` must be a cost that adds up over atoms."""
+    """Price every atom. ``price(module, shape)`` must be a cost that adds up over atoms; one with ``trained`` is about
+    the network in training, any other about the shipped one."""
     known: dict[tuple, float | dict[Option, float]] = {}
     constant = 0.0
     options: Options = {p: dict.fromkeys(d.options, 0.0) for p, d in decisions(supernet).items()}
-    for atom in atoms(supernet, input_shape):
+    for atom in atoms(supernet, input_shape, trained=getattr(price, "trained", False)):
         widths = tuple(options[atom.width]) if atom.width is not None else ()
         key = (*atom.signature, widths)
         if key not in known:

@@ -184,8 +184,8 @@ class Calibration:
         """Least squares of the *relative* error over whole networks; about fifteen are enough.
 
         networks: (sum of entries in milliseconds, number of layers, number of weights) of each; measured:
-        milliseconds. No network: the identity. One or two: the scale. Up to four: constant and scale. Up to seven: the
-        weights too. Errors: ValueError if lengths differ or a measured time is not positive.
+        milliseconds. No network: the identity. One or two different ones: the scale. Up to four: constant and scale. Up
+        to seven: the weights too. Errors: ValueError if lengths differ or a measured time is not positive.
         """
         if len(networks) != len(measured):
             raise ValueError(f"{len(networks)} networks and {len(measured)} measured times")
@@ -198,7 +198,8 @@ class Calibration:
 
         times = np.asarray(measured, float)
         columns = np.concatenate([np.ones((len(times), 1)), np.asarray(networks, float)], 1)
-        used = [[1], [0, 1], [0, 1, 3], [0, 1, 2, 3]][sum(len(times) > most for most in (2, 4, 7))]
+        different = len(set(map(tuple, networks)))  # branches that fold leave them all alike
+        used = [[1], [0, 1], [0, 1, 3], [0, 1, 2, 3]][sum(different > most for most in (2, 4, 7))]
         rows = columns[:, used] / times[:, None]
         size = np.linalg.norm(rows, axis=0)  # columns of one size: the solver's tolerances are absolute
         size[size == 0] = 1.0

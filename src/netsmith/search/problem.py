@@ -12,7 +12,7 @@ from torch import nn
 
 from netsmith.architecture import Outline, extreme, outline
 from netsmith.cost.budget import Budget, show
-from netsmith.cost.counts import FileBytes, Macs, Params, Shape
+from netsmith.cost.counts import BranchCount, FileBytes, Macs, Params, Shape
 from netsmith.cost.memory import PeakMemory
 from netsmith.cost.prices import Atom, Options, Prices, atoms, tabulate
 from netsmith.decisions import Architecture, OneOf, Option, decisions, derive
@@ -20,7 +20,7 @@ from netsmith.search.allocate import Infeasible, Limit, allocate
 from netsmith.tasks.classification import Task
 from netsmith.train.recipe import Recipe
 
-COUNTED = {"params": Params(), "macs": Macs(), "file": FileBytes()}
+COUNTED = {"params": Params(), "macs": Macs(), "file": FileBytes(), "branches": BranchCount()}
 """Costs that add up over layers and need no device."""
 
 

@@ -87,7 +87,9 @@ class Supernet(Searcher):
         """log p of every option, relative to the best of its decision, and a little capacity.
 
         Relative, because otherwise a block whose width is open would count with log p twice, and lose to a skip that
-        has nothing inside. The capacity keeps slack from being left unspent.
+        has nothing inside. The capacity keeps slack from being left unspent. Where a rule says how many of several
+        decisions are not idle (two edges into a node of DARTS), these compete with log p itself and idling counts
+        nothing: the best by log p are those that DARTS takes (section 2.4).
         """
         values = {path: dict(row) for path, row in capacity(self.problem).items()}
         for path, decision in decisions(self.supernet).items():
@@ -95,6 +97,11 @@ class Supernet(Searcher):
                 below_best = (decision.logits.detach() - decision.logits.detach().max()).tolist()
                 for option, value in zip(decision.options, below_best, strict=True):
                     values[path][option] = value + 0.05 * values[path][option]
+        for rule in self.problem.outline.rules:
+            for path in rule.paths if rule.at_least == rule.at_most else ():
+                decision = decisions(self.supernet)[path]
+                log_p = dict(zip(decision.options, decision.logits.detach().log_softmax(0).tolist(), strict=True))
+                values[path] = {option: 0.0 if option == rule.idle else log_p[option] for option in values[path]}
         return values
 
 

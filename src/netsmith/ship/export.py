@@ -20,7 +20,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from netsmith import architecture as architectures
 from netsmith.blocks.mobile import ConvBn
-from netsmith.cost.counts import Shape
+from netsmith.cost.counts import Shape, shipped
 from netsmith.decisions import Option, decisions
 from netsmith.errors import UserError
 from netsmith.run import atomically
@@ -36,12 +36,13 @@ LARGEST = 2**31 - 1
 
 
 def fold(network: nn.Module) -> nn.Module:
-    """A copy in eval mode with every batch norm that directly follows a convolution folded into it.
+    """A copy in eval mode with every part that folds itself (it has ``folded()``) replaced by what it folds into, and
+    every batch norm that directly follows a convolution folded into that.
 
     The structure stays: a folded norm is an `nn.Identity` in its place. Pairs are found by tracing the network, or,
     where it cannot be traced, inside our `ConvBn`; a norm without such a pair stays as it is.
     """
-    copied = copy.deepcopy(network).eval()
+    copied = copy.deepcopy(shipped(network)).eval()
     for conv, norm in _pairs(copied):
         _absorb(conv, norm)
         # By identity, not by name: a module may be known under several names, and any of them may be the one called.

@@ -15,7 +15,7 @@ from torch import nn
 
 from netsmith.cost import meter
 from netsmith.cost.budget import Budget, show, within
-from netsmith.cost.counts import Macs, Params, Shape
+from netsmith.cost.counts import BranchCount, Macs, Params, Shape
 from netsmith.cost.device import Device, OrtCpu, load_shipped
 from netsmith.cost.memory import PeakMemory
 from netsmith.cost.meter import Measurement
@@ -50,7 +50,7 @@ class Verdict:
     agreement: Agreement
     budgets: list[Judged]
     costs: dict[str, float | None]
-    """By the metrics of budgets: latency (ms, the median), params, macs, peak_memory and file (bytes)."""
+    """By the metrics of budgets: latency (ms, the median), params, macs, peak_memory and file (bytes), branches."""
     latency: Measurement | None
     predicted_ms: float | None
     relative: dict[str, float]
@@ -133,6 +133,7 @@ def gate(
         "macs": Macs()(network, shape),
         "peak_memory": _peak(network, shape, needed="peak_memory" in limits),
         "file": float(onnx_path.stat().st_size),
+        "branches": BranchCount()(network, shape),
     }
     judged = [
         _judge(budget, limits[budget.metric], costs[budget.metric], predicted_ms, measured, device)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from netsmith.blocks.cells import FREE
 from netsmith.cost import meter
-from netsmith.cost.counts import Macs, Params, Shape, to_meta
+from netsmith.cost.counts import Macs, Params, Shape, shipped, to_meta
 from netsmith.cost.device import Device
 
 
@@ -41,7 +41,8 @@ def layers(
     predicted: Mapping[str, float] | None = None,
     seconds: float = 10.0,
 ) -> list[Layer]:
-    """The layers of nested `nn.Sequential`s, lists and cells in the order they run; what does nothing is left out.
+    """The layers of nested `nn.Sequential`s, lists and cells in the order they run, as shipped; what does nothing is
+    left out.
 
     With a ``device`` each gets the time by which it makes the network longer: all beginnings of the network (the first
     layer, the first two, ...) are timed in turn for about ``seconds``, and neighbours subtracted. Layers timed one by
@@ -51,6 +52,7 @@ def layers(
 
     A network that is no `nn.Sequential` gives its children, without measured times.
     """
+    network = shipped(network)
     shapes = _shapes(network, [name for name, _ in _flat(network)], input_shape)
     chain = [(name, network.get_submodule(name)) for name in shapes]
     chained = type(network) is nn.Sequential

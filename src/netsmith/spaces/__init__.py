@@ -21,6 +21,8 @@ SPACES = {
     "prunet_small": "netsmith.spaces.small:prunet_small",
     "nasbench201": "netsmith.spaces.nasbench201:nasbench201",
     "darts": "netsmith.spaces.darts:darts",
+    "repvgg": "netsmith.spaces.repvgg:repvgg",
+    "repvgg_small": "netsmith.spaces.repvgg:repvgg_small",
 }
 """Name -> where its function is; every one takes ``classes``, ``channels`` and ``resolution`` (px)."""
 

@@ -12,8 +12,8 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from netsmith.blocks.cells import Classifier, DilConv, FactorizedReduce, Pool, ReluConvBn, SepConv, Zero, next_node
-from netsmith.blocks.mobile import ConvBn
+from netsmith.blocks.cells import DilConv, FactorizedReduce, Pool, ReluConvBn, SepConv, Zero, next_node
+from netsmith.blocks.mobile import Classifier, ConvBn
 from netsmith.decisions import Architecture, OneOf, Places, Rule
 from netsmith.errors import UserError, unknown
 

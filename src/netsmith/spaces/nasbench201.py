@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
-from netsmith.blocks.cells import Classifier, Pool, ReluConvBn, Zero, next_node
-from netsmith.blocks.mobile import ConvBn, _text
+from netsmith.blocks.cells import Pool, ReluConvBn, Zero, next_node
+from netsmith.blocks.mobile import Classifier, ConvBn, _text
 from netsmith.decisions import Architecture, OneOf, Option, Places
 from netsmith.errors import UserError, unknown
 
