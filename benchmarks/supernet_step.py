@@ -38,7 +38,22 @@ WIDTHS = (16, 24, 24, 40, 40, 80, 80)
 PLACES = ("start", "middle", "end")
 PROCESSES = 3
 """Fresh ones for each number of widths: the median counts, for allocators differ from start to start."""
-ASKED = {"prunet_start": 2.5, "prunet_mean": 1.8, "widths_percent": 5.0}
+SUPERNETS = (
+    "fbnet-all",
+    "fbnet-one",
+    "proxylessnas-two_path",
+    "proxylessnas-binary",
+    "proxylessnas-reinforce",
+    "darts-first",
+    "darts-second",
+    "rarts-gauss_seidel",
+    "rarts-jacobi",
+)
+"""RARTS has no weight step of its own after the warm-up: its architecture step is the whole round of w, y and alpha."""
+ASKED = {
+    "prunet_start": 2.5, "prunet_mean": 1.8, "widths_percent": 5.0,
+    "proxylessnas_seconds": 1.5, "proxylessnas_saved": 1.3, "darts_seconds": 7.5,
+}  # fmt: skip
 
 
 # What is measured. The processes import only what they need, for NNI's lacks our dependencies. -----------------------
@@ -100,28 +115,52 @@ Step = Callable[[], None]
 
 
 def ours(name: str) -> tuple[Step, Step | None]:
-    """(weight step, architecture step) of "largest", "fixed", "fbnet-PATHS" or "prunet-COPIES[-WIDTHS]"."""
+    """(weight step, architecture step) of "largest", "fixed", "prunet-COPIES[-WIDTHS]" or METHOD[-VARIANT]."""
     kind, *options = name.split("-")
     if kind in ("largest", "fixed"):  # runs in NNI's Python too
         option = {"largest": "k5_e6", "fixed": "k3_e3"}[kind]
         return plain_step(network(lambda i, o, s: blocks(i, o, s)[option])), None
 
-    from netsmith.methods.fbnet import FBNet, Stochastic
-    from netsmith.methods.prunet import PruNet, Pruning
     from netsmith.search.differentiable import Loop, Steps
 
-    if kind == "fbnet":
-        from netsmith.decisions import OneOf
+    searcher = prunet(*options) if kind == "prunet" else supernet(kind, *options)
+    loop = Loop(searcher.problem, searcher, Steps(epochs=1000, warmup_epochs=100))  # nothing is pruned
+    batch = Batch()
 
-        problem = problem_of(lambda: network(lambda i, o, s: OneOf(blocks(i, o, s))))
-        searcher = Stochastic(FBNet(paths=options[0]), problem, problem.budgets[0], [])
-    else:
-        count = int(options[1]) if len(options) > 1 else 0
-        problem = problem_of(lambda: network(open_widths(count)))
-        method = PruNet(copies=options[0], headroom=0.0, check_every=10**9)
-        searcher = Pruning(method, problem, problem.budgets[0], {})
-    loop = Loop(problem, searcher, Steps(epochs=1000, warmup_epochs=100))  # nothing is pruned
-    return lambda: loop.train_epoch(0), lambda: loop.architecture_epoch(0)
+    def weight() -> None:
+        searcher.supernet.train()
+        searcher.weight_step(loop, (batch.images, batch.labels)).item()
+
+    def architecture() -> None:
+        searcher.supernet.train()
+        searcher.architecture_step(loop, (batch.images, batch.labels), (batch.images, batch.labels)).item()
+
+    return weight, architecture
+
+
+def prunet(copies: str, count: str = "0"):
+    from netsmith.methods.prunet import PruNet, Pruning
+
+    problem = problem_of(lambda: network(open_widths(int(count))))
+    method = PruNet(copies=copies, headroom=0.0, check_every=10**9)  # pyright: ignore[reportArgumentType]
+    return Pruning(method, problem, problem.budgets[0], {})
+
+
+def supernet(kind: str, variant: str = ""):
+    """The searcher of a method whose options all stay, every layer a choice of six blocks."""
+    from netsmith.decisions import OneOf
+    from netsmith.methods import make_method
+    from netsmith.methods.darts import Relaxed
+    from netsmith.methods.fbnet import Stochastic
+    from netsmith.methods.proxylessnas import Gated, Sampled
+    from netsmith.methods.rarts import Pair
+
+    option = {"fbnet": "paths", "proxylessnas": "gradient", "darts": "order", "rarts": "order"}[kind]
+    method = make_method(kind, {option: variant})
+    build = {"fbnet": Stochastic, "darts": Relaxed, "rarts": Pair, "proxylessnas": Gated}[kind]
+    build = Sampled if variant == "reinforce" else build
+    problem = problem_of(lambda: network(lambda i, o, s: OneOf(blocks(i, o, s))))
+    return build(method, problem, problem.budgets[0], [])
 
 
 def problem_of(build: Callable[[], nn.Module]):
@@ -412,7 +451,7 @@ def main() -> None:
     started, own = machine(), sys.executable
     kinds = [(own, "largest", "weight"), (own, "fixed", "weight")]
     prunets = ["prunet-shared", "prunet-separate"]
-    for name in ("fbnet-all", "fbnet-one", *prunets):
+    for name in (*SUPERNETS, *prunets):
         kinds += [(own, name, "weight"), (own, name, "architecture")]
     if asked.nni_python:
         kinds.append((asked.nni_python, "largest", "weight"))  # their torch may be another
