@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from planted import problem_of, stripes
 from test_pipeline import RECIPE, STEPS, Quiet
 
@@ -144,52 +143,40 @@ def scores(result: dict) -> dict:
     return {r["method"]: [(p["score"], p["params"], p["kept"]) for p in r["points"]] for r in rows}
 
 
-def test_killed_and_continued_ends_the_same(table, tmp_path, monkeypatch):
-    """Without a search nothing depends on how long things took."""
-    options = {"methods": "random", "method_options": {"best_of": {"candidates": 2, "epochs": 1}}}
-    monkeypatch.setattr(module, "_in_its_own_process", here)
-    with prepare_comparison(asked(table, out=tmp_path / "whole", **options)) as run:
-        whole = compare(run, Quiet())
-    event = Run.event
+@pytest.fixture
+def torn(done, tmp_path) -> Path:
+    """The comparison as a kill leaves it: one run before its training, all after it undone."""
+    folder = tmp_path / "torn"
+    shutil.copytree(done[0], folder)
+    left = ("stages/ship-found-0.json", "checkpoints/train-found-0.pt", "weights.safetensors", "result.json")
+    for file in (folder / "result.json", *(folder / "random-0" / name for name in left)):
+        file.unlink(missing_ok=True)
+    return folder
 
-    def dying(self, kind, **data):
-        if kind == "raced" and len(read_events(self.path)) == 1:
-            raise Killed
-        event(self, kind, **data)
 
-    with prepare_comparison(asked(table, out=tmp_path / "torn", **options)) as run:
-        monkeypatch.setattr(Run, "event", dying)
-        with pytest.raises(Killed):
-            compare(run, Quiet())
-    monkeypatch.setattr(Run, "event", event)
+def test_killed_and_continued_ends_the_same(done, torn, monkeypatch):
+    whole, result = done
     begun = []
     monkeypatch.setattr(
         module, "_in_its_own_process", lambda folder, say: begun.append(folder.name) or here(folder, say)
     )
-    with open_comparison(tmp_path / "torn") as run:
-        assert scores(compare(run, Quiet())) == scores(whole)
-    assert begun == ["best_of-0"]
+    with open_comparison(torn) as run:
+        assert scores(compare(run, Quiet())) == scores(result)
+    assert begun == ["random-0"]
+    one, other = (folder / "random-0" / "weights.safetensors" for folder in (whole, torn))
+    assert one.read_bytes() == other.read_bytes()
 
 
-def test_a_run_that_fails_costs_no_other(table, tmp_path, monkeypatch, capsys):
-    broken = ["random-0"]
-
-    def failing(folder, say):
-        return "the loss became nan" if folder.name in broken else here(folder, say)
-
-    monkeypatch.setattr(module, "_in_its_own_process", failing)
-    options = asked(table, methods="capacity", method_options={"best_of": {"candidates": 1, "epochs": 1}})
-    file = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items() if value}
-    Path("asked.yaml").write_text(yaml.safe_dump(file | {"budget": list(options.budget)}))
-    assert main(["compare", "--config", "asked.yaml", "--out", "here"]) == 2
+def test_a_run_that_fails_costs_no_other(torn, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_in_its_own_process", lambda folder, say: "the loss became nan")
+    assert main(["compare", "--resume", str(torn)]) == 2
     said = capsys.readouterr()
     assert "random, seed 0, failed: the loss became nan" in said.out
-    assert said.err.endswith("netsmith: failed: random-0 (netsmith compare --resume here tries again)\n")
-    result = json.loads(Path("here/result.json").read_text())
-    assert [row["method"] for row in result["budgets"][0]["rows"]] == ["capacity", "best_of"]
-    broken.clear()
-    assert main(["compare", "--resume", "here"]) == 0
-    assert "random" in scores(json.loads(Path("here/result.json").read_text()))
+    assert said.err.endswith(f"netsmith: failed: random-0 (netsmith compare --resume {torn} tries again)\n")
+    assert list(scores(json.loads((torn / "result.json").read_text()))) == ["fbnet", "capacity", "best_of"]
+    monkeypatch.setattr(module, "_in_its_own_process", here)
+    assert main(["compare", "--resume", str(torn)]) == 0
+    assert "random" in scores(json.loads((torn / "result.json").read_text()))
 
 
 def test_a_budget_that_nothing_keeps_is_said_at_once(table, tmp_path):

@@ -298,7 +298,7 @@ def bars(table: dict[str, Any], key: str, title: str, factor: float, unit: str) 
         return None
     lanes = list(range(len(rows)))
     names = [figures.plain(row["method"], 18) for row in rows]
-    shown = [f"{row[key] * factor:.3g} {unit}" for row in rows]
+    shown = [duration(row[key]) if unit == "s" else size(row[key]) for row in rows]
     bar = {"type": "bar", "orientation": "h", "x": [row[key] * factor for row in rows], "y": lanes, "name": "mean"}
     bar |= {"marker": {"color": "--c0"}, "text": shown, "textposition": "auto", "hoverinfo": "none"}
     seeds = [(point[key] * factor, lane) for lane, row in enumerate(rows) for point in row["points"] if key in point]
