@@ -179,6 +179,7 @@ def test_a_run_that_fails_costs_no_other(torn, monkeypatch, capsys):
     assert "random" in scores(json.loads((torn / "result.json").read_text()))
 
 
+@pytest.mark.slow
 def test_a_budget_that_nothing_keeps_is_said_at_once(table, tmp_path):
     with (
         prepare_comparison(asked(table, out=tmp_path / "x", budget=("latency<=0.0001x",))) as run,
@@ -294,4 +295,5 @@ def test_a_comparison_whose_process_is_killed_can_be_continued(table, tmp_path):
         os.kill(process.pid, signal.SIGKILL)
     ended = subprocess.run(line, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
+    assert "leaked" not in ended.stderr
     assert [row["kept"] for row in json.loads(ended.stdout)["budgets"][0]["rows"]] == [1, 1, 1]

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 FEW = 3
 """Seeds below which nothing can be said about noise that would be of use (two: an interval of 12.7 standard errors)."""
 
+MATCHED_PERCENT = 2.0
+"""Latencies that lie no farther apart count as equal."""
+
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % interval of the mean (Student's t); None for a single value.
@@ -235,7 +238,8 @@ def sentences(table: dict[str, Any]) -> list[str]:
     """What came out at one budget, plainly."""
     said = [row["lead"]["sentence"] for row in table["rows"] if row["lead"]]
     if (spread := table["latency_spread_percent"]) is not None:
-        said.append(f"All networks lie within {spread:.1f} % of one latency.")
+        far = ": more than 2 %, so they are not compared at one latency (see how much of the limit each uses)"
+        said.append(f"Latencies lie up to {spread:.1f} % apart{far if spread > MATCHED_PERCENT else ''}.")
     return said
 
 
