@@ -35,8 +35,8 @@ RECORDED = ("format", "command", "images")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchOptions:
-    """Search a network that keeps a budget, train it, export it, and measure the exported file."""
+class ProblemOptions:
+    """What is to be solved, whichever way."""
 
     task: str = "digits"
     """What to learn: `netsmith list tasks`, or folder:DIR for your own images."""
@@ -46,8 +46,6 @@ class SearchOptions:
     """Pixels a side of the images that the network sees (default: the task's own; 128 for folders)."""
     space: Annotated[str | None, Later] = None
     """Where to search: `netsmith list spaces` (default: by image size and method)."""
-    method: str = "prunet"
-    """How to search: `netsmith list methods`."""
     budget: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, Later] = ("latency<=0.5x",)
     """What the file must keep, in quotes: 'latency<=5ms', 'params<=1M', or 'latency<=0.5x' (the default), relative to
     the largest network of the space. 'latency<=0.3x,0.5x' asks for a front. May be repeated, to hold at once."""
@@ -57,16 +55,12 @@ class SearchOptions:
     """Search for a device that is not here: a table of its latencies, measured by others."""
     table_part: Annotated[str | None, Later] = None
     """Which table of a file that holds several, such as gpu."""
-    seed: int = 0
-    """Of everything random: the same seed, the same network."""
     out: Annotated[Path | None, Later] = None
-    """Folder of the run (default: runs/TASK-METHOD-NUMBER)."""
+    """Folder of the run (default: runs/TASK-METHOD-NUMBER, runs/compare-TASK-NUMBER)."""
     epochs: Annotated[int | None, Later] = None
     """Passes of the final training (default: by the number and size of the images)."""
     search_epochs: Annotated[int | None, Later] = None
     """Passes of the training inside the search (default: the method's)."""
-    baselines: tuple[str, ...] = ("random", "capacity")
-    """Methods to compare with, at the same budget and with the same training; no names: none."""
     space_options: dict[str, Any] = field(default_factory=dict)
     """Arguments of the space's function, but for classes, channels and resolution, which the task decides; in a file
     only."""
@@ -76,7 +70,34 @@ class SearchOptions:
     """Fields of `Recipe`, how networks are trained; in a file only."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(ProblemOptions):
+    """Search a network that keeps a budget, train it, export it, and measure the exported file."""
+
+    method: str = "prunet"
+    """How to search: `netsmith list methods`."""
+    seed: int = 0
+    """Of everything random: the same seed, the same network."""
+    baselines: tuple[str, ...] = ("random", "capacity")
+    """Methods to compare with, at the same budget and with the same training; no names: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions(ProblemOptions):
+    """Several methods on one problem, beside the baselines; `method_options` holds those of each, by its name."""
+
+    methods: str = "prunet"
+    """What to compare, such as prunet,fbnet: `netsmith list methods`; random, capacity and best_of always run too."""
+    seeds: int = 3
+    """How often each method runs, with seeds 0, 1, ...; five make an interval that says something."""
+
+
 def read_config(file: Path) -> SearchOptions:
+    """What a YAML file asks a search for. Raises: UserError, as `read_options`."""
+    return read_options(file, SearchOptions)
+
+
+def read_options(file: Path, kind: type[Options]) -> Options:
     """The options in a YAML file. Raises: UserError for a file that is missing, no YAML, or asks for the unknown."""
     import yaml
 
@@ -95,7 +116,7 @@ def read_config(file: Path) -> SearchOptions:
     if not isinstance(data, dict):
         raise UserError(f"{file} holds a {type(data).__name__}; options are a mapping, such as 'task: digits'")
     try:
-        return checked(SearchOptions, {key: value for key, value in data.items() if key not in RECORDED})
+        return checked(kind, {key: value for key, value in data.items() if key not in RECORDED})
     except UserError as error:
         raise UserError(f"{file}: {error}") from error
 

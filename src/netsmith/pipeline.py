@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +29,14 @@ from netsmith.cost.meter import measure
 from netsmith.cost.prices import Prices
 from netsmith.cost.table import Calibration, LatencyTable, TableDevice
 from netsmith.decisions import Architecture
+from netsmith.effort import counted, effort
 from netsmith.errors import UserError
 from netsmith.methods import make_method
 from netsmith.prepare import open_run
 from netsmith.run import Run, atomically
 from netsmith.search.allocate import Infeasible
 from netsmith.search.problem import Problem
-from netsmith.search.promise import Kept, Timer, export_untrained, keep
+from netsmith.search.promise import ENOUGH, Kept, Timer, export_untrained, keep
 from netsmith.search.sampling import capacity
 from netsmith.ship.export import export
 from netsmith.ship.gate import Verdict, gate
@@ -60,6 +62,8 @@ class Job:
     run: Run
     say: Say
     profile_seconds: float = 0.0
+    enough: float = ENOUGH
+    """The share of a limit from which a network that keeps it is close enough."""
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -176,22 +180,40 @@ ONE_THREAD = 16
 one thread, and with two on a busy two-core machine 4 to 25 s."""
 
 
-def search(run: Run, say: Say) -> dict:
-    """The whole job of a run; returns the content of its `result.json`. Continues what a killed process left."""
+def search(run: Run, say: Say, *, enough: float = ENOUGH) -> dict:
+    """The whole job of a run; returns the content of its `result.json`. Continues what a killed process left.
+
+    ``enough``: the share of a limit from which a network that keeps it is close enough.
+    """
+    with _threads(run):
+        return _search(Job(run, say, enough=enough))
+
+
+GROUND = ("profile", "reference", "ship-reference")
+"""Stages that runs of one problem may share, whatever their methods and seeds."""
+
+
+def lay_ground(run: Run, say: Say) -> None:
+    """The stages that a search begins with: prices, and the reference, trained where something is relative to it.
+
+    Raises: Infeasible for a budget that no network keeps; the run is then discarded.
+    """
+    with _threads(run):
+        job = Job(run, say)
+        run.progress = say.progress
+        _feasible(job)
+        _reference(job)
+
+
+def _threads(run: Run) -> AbstractContextManager[None]:
     small = run.problem["space_options"]["resolution"] <= ONE_THREAD
-    with torch_threads(1 if small else torch.get_num_threads()):
-        return _search(Job(run, say))
+    return torch_threads(1 if small else torch.get_num_threads())
 
 
 def _search(job: Job) -> dict:
     run, say = job.run, job.say
     run.progress = say.progress
-    problem = job.problem
-    try:
-        check_feasible(job, problem)
-    except Infeasible:
-        run.discard()  # what was measured lies in the device's table
-        raise
+    problem = _feasible(job)
     seconds = {"profile": job.profile_seconds}
     say.stage(f"search: {job.asked['method']}")
     method = make_method(job.asked["method"], job.asked["method_options"])
@@ -207,6 +229,16 @@ def _search(job: Job) -> dict:
             )
     say.stage("train, export, measure")
     return finish(job, front, rivals, seconds)
+
+
+def _feasible(job: Job) -> Problem:
+    problem = job.problem
+    try:
+        check_feasible(job, problem)
+    except Infeasible:
+        job.run.discard()  # what was measured lies in the device's table
+        raise
+    return problem
 
 
 def check_feasible(job: Job, problem: Problem) -> None:
@@ -235,9 +267,10 @@ def _raised(budget: Budget, least: float, job: Job) -> Budget:
 
 
 def _found(job: Job, problem: Problem, name: str, method: Any) -> list[Kept]:
-    values = method.search(problem, job.run)
+    with counted(job.run, name):
+        values = method.search(problem, job.run)
     return [
-        keep(problem, job.run, f"{name}-{i}", v, budgets, job.time)
+        keep(problem, job.run, f"{name}-{i}", v, budgets, job.time, enough=job.enough)
         for i, (v, budgets) in enumerate(zip(values, problem.budgets, strict=True))
     ]
 
@@ -257,11 +290,7 @@ def finish(job: Job, front: list[Kept], rivals: Mapping[str, list[dict]], second
     """Train every network by the same recipe, pass the gate, write the results."""
     run, problem = job.run, job.problem
     names = [point_name(budgets) for budgets in job.budgets]
-    yardstick = any(budget.relative for budgets in job.budgets for budget in budgets)
-    if yardstick or job.recipe.distillation:
-        reference = _shipped(job, "reference", job.reference["architecture"], None, [])
-    else:  # nobody asked how good the largest network of the space is, and it takes longest
-        reference = _untrained_reference(job)
+    reference = _reference(job)
     teacher = load(run.path / "others" / "reference") if job.recipe.distillation else None
     networks = []
     for i, kept in enumerate(front):
@@ -288,11 +317,20 @@ def finish(job: Job, front: list[Kept], rivals: Mapping[str, list[dict]], second
             "versions": job.device.versions(),
         },
         "seconds": seconds,
+        "effort": effort(run, asked["method"]),
     }
     points = [{key: value for key, value in network.items() if key != "seconds"} for network in networks]
     result = shared | (points[0] if len(points) == 1 else {"front": points, "kept": all(p["kept"] for p in points)})
     run.write_json("result.json", result)
     return result
+
+
+def _reference(job: Job) -> dict:
+    """What the gate says of the largest network of the space, which takes longest: trained where it was asked for."""
+    yardstick = any(budget.relative for budgets in job.budgets for budget in budgets)
+    if yardstick or job.recipe.distillation:
+        return _shipped(job, "reference", job.reference["architecture"], None, [])
+    return _untrained_reference(job)
 
 
 def _shipped(

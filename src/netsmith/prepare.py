@@ -12,7 +12,7 @@ from netsmith.cost.budget import parse_budgets
 from netsmith.cost.device import Device, TorchCuda, parse_device
 from netsmith.errors import UserError, unknown
 from netsmith.methods import METHODS, make_method, method_class
-from netsmith.options import RECORDED, SearchOptions, checked
+from netsmith.options import RECORDED, CompareOptions, SearchOptions, checked
 from netsmith.run import Run
 from netsmith.spaces import SPACES, open_space, space_defaults
 from netsmith.tasks import TASKS, open_task
@@ -42,6 +42,9 @@ def open_run(folder: Path) -> Run:
     """The run in a folder, to go on with. Raises: UserError where it is none, or asks in another version's words."""
     run = Run.open(folder)
     asked = {key: value for key, value in run.problem.items() if key not in RECORDED}
+    if "methods" in asked:
+        run.close()
+        raise UserError(f"{folder} is a comparison, not one run: go on with netsmith compare --resume {folder}")
     given_once = {"out", "epochs", "search_epochs"}  # they have gone into the folder, the recipe and the method
     try:
         if lacking := [f.name for f in fields(SearchOptions) if f.name not in given_once and f.name not in asked]:
@@ -164,13 +167,15 @@ def recipe(options: SearchOptions, task: Task) -> Recipe:
     return replace(Recipe.default(task, **lengths), **{name: getattr(wanted, name) for name in given})
 
 
-def next_folder(options: SearchOptions) -> Path:
-    """runs/TASK-METHOD-NUMBER with the first number that is free; the folder is made, so that it is nobody else's."""
+def next_folder(options: SearchOptions | CompareOptions) -> Path:
+    """runs/TASK-METHOD-NUMBER (runs/compare-TASK-NUMBER) with the first number that is free; the folder is made, so
+    that it is nobody else's."""
     given = options.task
     task = Path(given.removeprefix("folder:")).resolve().name if given.startswith("folder:") else given
+    name = f"{task}-{options.method}" if isinstance(options, SearchOptions) else f"compare-{task}"
     number = 1
     while True:
-        folder = Path("runs", f"{task}-{options.method}-{number}")
+        folder = Path("runs", f"{name}-{number}")
         try:
             folder.mkdir(parents=True)
             return folder

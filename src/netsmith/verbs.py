@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from tyro.conf import Positional, Suppress, arg
 
-from netsmith.errors import UserError
-from netsmith.options import Later, SearchOptions, read_config
+from netsmith.errors import PromiseBroken, UserError
+from netsmith.options import CompareOptions, Later, ProblemOptions, SearchOptions, read_options
 from netsmith.say import Console
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ class Answer:
     data: dict[str, Any]
     lines: list[Any]
     broken: str = ""
-    """The sentence of a promise that was not kept; the exit code is then 3."""
+    """The sentence of a promise that was not kept."""
+    exit_code: int = PromiseBroken.exit_code
+    """Where there is such a sentence."""
 
     def show(self) -> None:
         from rich.console import Console as Terminal
@@ -73,19 +75,10 @@ class Search(SearchOptions):
     @classmethod
     def before(cls, arguments: Sequence[str]) -> Search:
         """The defaults: what the file says that --config names. Repeated budgets are gathered, not added to these."""
-        config = None
-        for i, argument in enumerate(arguments):
-            if argument == "--config" and i + 1 < len(arguments):
-                config = Path(arguments[i + 1])
-            elif argument.startswith("--config="):
-                config = Path(argument.removeprefix("--config="))
-        known = vars(read_config(config) if config else SearchOptions())
-        return cls(**{**known, "budget": ()}, config=config, unless_given=known["budget"])
+        return cls(**before(SearchOptions, arguments))
 
     def options(self) -> SearchOptions:
-        own: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(SearchOptions)}
-        given = SearchOptions(**own)
-        return given if given.budget else replace(given, budget=self.unless_given)
+        return given(SearchOptions, self, self.unless_given)
 
     def run(self) -> Answer:
         if self.resume is not None:
@@ -110,6 +103,56 @@ class Search(SearchOptions):
                 f"{run.path}: {run.problem['method']} for {run.problem['task']}, {', '.join(run.problem['budget'])}"
             )
             return finished(run.path, search(run, say))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(CompareOptions):
+    """Run several methods on one problem with several seeds, beside the baselines, at equal compute.
+
+    best_of gets the processor seconds that the dearest search with its seed took. In the end all networks are timed in
+    turn; the answer is a table of means with intervals, and a page. One space for all: --space, or the first method's.
+    """
+
+    config: Annotated[Path | None, Later] = None
+    """A YAML file with these options; options of a method: `method_options: {prunet: {samples: 10}}`."""
+    resume: Annotated[Path | None, Later] = None
+    """Continue the comparison in this folder, which was stopped or killed; takes no other options."""
+    json: bool = False
+    """Print one JSON object on stdout, the content of result.json."""
+    unless_given: Annotated[tuple[str, ...], Suppress] = CompareOptions.budget
+    """As in `Search`."""
+
+    @classmethod
+    def before(cls, arguments: Sequence[str]) -> Compare:
+        return cls(**before(CompareOptions, arguments))
+
+    def run(self) -> Answer:
+        from netsmith.compare import check_comparison, open_comparison, prepare_comparison
+
+        if self.resume is not None:
+            if replace(self, resume=None, json=False) != Compare.before([]):
+                raise UserError(f"--resume takes no other options: {self.resume / 'problem.yaml'} says what was asked")
+            return self._compare(open_comparison(self.resume))
+        options = given(CompareOptions, self, self.unless_given)
+        check_comparison(options)
+        return self._compare(prepare_comparison(options, command=["netsmith", *sys.argv[1:]]))
+
+    def _compare(self, run: Run) -> Answer:
+        from netsmith.compare import compare
+        from netsmith.report.comparison import tables, write_comparison
+
+        with run, resumable(run, "compare"):
+            with Console() as say:
+                say.line(f"{run.path}: {run.problem['methods']} for {run.problem['task']}")
+                result = compare(run, say)
+            page = str(write_comparison(run.path, run.path / "report.html"))
+        broken = [f"{row['method']} at {table['asked']}" for table in result["budgets"] for row in table["rows"]
+                  if row["kept"] < len(row["points"])]  # fmt: skip
+        lines, data = [*tables(result), f"report: {page}"], {**result, "run": str(run.path), "report": page}
+        if failed := [f"{one['method']}-{one['seed']}" for one in result["failed"]]:
+            again = shlex.join(["netsmith", "compare", "--resume", str(run.path)])
+            return Answer(data, lines, f"failed: {', '.join(failed)} ({again} tries again)", UserError.exit_code)
+        return Answer(data, lines, f"broken: {', '.join(broken)}" if broken else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,7 +301,14 @@ class Report:
     """Print one JSON object on stdout."""
 
     def run(self) -> Answer:
+        from netsmith.report.comparison import is_comparison, write_comparison
         from netsmith.report.page import write_report
+
+        if compared := [run for run in self.runs if is_comparison(run)]:
+            if len(self.runs) > 1:
+                raise UserError(f"{compared[0]} is a comparison, which has a page of its own: name it alone")
+            page = str(write_comparison(compared[0], self.out or compared[0] / "report.html"))
+            return Answer({"report": page, "runs": [str(compared[0])], "left_out": []}, [page])
 
         def unfinished(run: Path) -> bool:
             return (run / "problem.yaml").is_file() and not (run / "result.json").exists()
@@ -290,13 +340,35 @@ class List:
         return Answer({self.what: found}, [f"{name:{wide}}  {text}" for name, text in found.items()])
 
 
+Asked = TypeVar("Asked", bound=ProblemOptions)
+
+
+def before(kind: type[ProblemOptions], arguments: Sequence[str]) -> dict[str, Any]:
+    """The defaults of a verb's fields: what the file says that --config names. Repeated budgets are gathered, not
+    added to these."""
+    config = None
+    for i, argument in enumerate(arguments):
+        if argument == "--config" and i + 1 < len(arguments):
+            config = Path(arguments[i + 1])
+        elif argument.startswith("--config="):
+            config = Path(argument.removeprefix("--config="))
+    known = vars(read_options(config, kind) if config else kind())
+    return {**known, "budget": (), "config": config, "unless_given": known["budget"]}
+
+
+def given(kind: type[Asked], verb: Any, budget: tuple[str, ...]) -> Asked:
+    """The options among a verb's fields; ``budget``: where none was given."""
+    own: dict[str, Any] = {field.name: getattr(verb, field.name) for field in fields(kind)}
+    return kind(**{**own, "budget": own["budget"] or budget})
+
+
 @contextmanager
-def resumable(run: Run) -> Iterator[None]:
+def resumable(run: Run, verb: str = "search") -> Iterator[None]:
     """Whatever stops the work carries a note with the command that continues it."""
     try:
         yield
     except BaseException as error:
-        error.add_note(shlex.join(["netsmith", "search", "--resume", str(run.path)]))
+        error.add_note(shlex.join(["netsmith", verb, "--resume", str(run.path)]))
         raise
 
 

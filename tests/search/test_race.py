@@ -28,7 +28,7 @@ def scores(monkeypatch):
             trained.append((dumps(architecture), epochs))
             return score(architecture)
 
-        monkeypatch.setattr(module, "_short_training", fake)
+        monkeypatch.setattr(module, "short_training", fake)
         return trained
 
     return install

@@ -47,25 +47,29 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     Raises:
         UserError: no run was given, a `result.json` is missing or cannot be read, or `out` cannot be written.
     """
-    from plotly.offline import get_plotlyjs
-
     if not runs:
         raise UserError("no run folder was given; name at least one, such as runs/x")
-    if out.is_dir():
-        raise UserError(f"{out} cannot be written: it is a folder; give a file, such as {out / 'report.html'}")
     folders = [read(path, label) for path, label in zip(runs, _labels(runs), strict=True)]
     gallery = Gallery()
     groups = [_group(folders, members, gallery) for members in _comparable(folders)]
     sections = [_section(folder, gallery) for folder in folders]
-    page = _environment().get_template("page.html.j2")
-    text = page.render(
-        groups=groups,
-        sections=sections,
-        verdict=_verdict(folders),
-        title=f"{folders[0].label} · netsmith" if len(folders) == 1 else f"{len(folders)} runs · netsmith",
-        figures=[figures.unpack(figure) for figure in gallery.figures],
-        plotly=get_plotlyjs(),
-    )
+    context = {
+        "groups": groups,
+        "sections": sections,
+        "verdict": _verdict(folders),
+        "title": f"{folders[0].label} · netsmith" if len(folders) == 1 else f"{len(folders)} runs · netsmith",
+    }
+    return render("page.html.j2", context, gallery, out)
+
+
+def render(template: str, context: dict[str, Any], gallery: Gallery, out: Path) -> Path:
+    """Write the page that a template makes of its context and the figures. UserError: `out` cannot be written."""
+    from plotly.offline import get_plotlyjs
+
+    if out.is_dir():
+        raise UserError(f"{out} cannot be written: it is a folder; give a file, such as {out / 'report.html'}")
+    drawn = [figures.unpack(figure) for figure in gallery.figures]
+    text = _environment().get_template(template).render(**context, figures=drawn, plotly=get_plotlyjs())
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -43,7 +43,7 @@ def race(
         scored = []
         for number, architecture in enumerate(standing):
             stage = f"{name}-{rung}-{number}"
-            score = run.once(stage, lambda a=architecture, s=stage, e=length: _short_training(problem, run, a, e, s))
+            score = run.once(stage, lambda a=architecture, s=stage, e=length: short_training(problem, run, a, e, s))
             scored.append((architecture, score))
             run.progress(f"short trainings ({name})", number + 1, len(standing), f"accuracy {score:.3f}")
         scored.sort(key=lambda entry: -entry[1])
@@ -55,7 +55,8 @@ def race(
     return ranking
 
 
-def _short_training(problem: Problem, run: Run, architecture: Architecture, epochs: int, stage: str) -> float:
+def short_training(problem: Problem, run: Run, architecture: Architecture, epochs: int, stage: str) -> float:
+    """Accuracy on ``search`` (0 to 1) after a whole schedule of so many epochs on ``train``, seeded by ``stage``."""
     warmup = min(problem.recipe.warmup_epochs, epochs / 4)
     recipe = replace(problem.recipe, epochs=epochs, warmup_epochs=warmup, distillation=0.0)  # no teacher is trained yet
     torch.manual_seed(run.seed(stage))

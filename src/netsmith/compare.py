@@ -1,0 +1,300 @@
+"""Several methods on one problem: every one searches it with every seed, in a process of its own, beside the baselines.
+
+A comparison is a folder with one ordinary run for each method and seed (`fbnet-0`), and `shared`, the run whose prices
+and reference all others take over, so that all plan with one price list and one absolute budget. What makes it fair:
+
+- `best_of` gets the processor seconds that the dearest compared search with the same seed took;
+- every network keeps the budget as measured on its file, aimed at within 2 % of each other, and in the end all files
+  are timed in turn in one process: a machine's speed wanders by more than that from hour to hour;
+- the test split is touched once for each network, by the gate.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import threading
+import traceback
+from collections.abc import Sequence
+from dataclasses import fields
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from netsmith.errors import UserError, unknown
+from netsmith.methods import METHODS
+from netsmith.options import RECORDED, CompareOptions, ProblemOptions, SearchOptions, checked
+from netsmith.prepare import check, method_options, next_folder, problem_of
+from netsmith.report.comparison import summary
+from netsmith.run import Run, read_events
+
+if TYPE_CHECKING:
+    from netsmith.pipeline import Say
+
+BASELINES = ("random", "capacity", "best_of")
+"""In the order in which they run, after the searches: what `best_of` gets depends on those."""
+
+MATCHED = 0.965
+"""Share of a limit from which a network is close enough; together with promise.TIGHT a window of 2 %."""
+
+TIMING_SECONDS = 2.0
+"""For each network, when all are timed in turn."""
+
+
+def compared(options: CompareOptions) -> list[str]:
+    """The methods in the order in which they run. Raises: UserError for a name unknown or given twice."""
+    given = [name.strip() for name in options.methods.split(",") if name.strip()]
+    for name in given:
+        if name not in METHODS:
+            raise unknown("method", name, METHODS)
+        if given.count(name) > 1:
+            raise UserError(f"{name} is given twice in --methods {options.methods}")
+    for name in options.method_options:
+        if name not in (*given, *BASELINES):
+            raise unknown("method in method_options,", name, dict.fromkeys((*given, *BASELINES)))
+        if not isinstance(options.method_options[name], dict):
+            raise UserError(f"method_options.{name} is no mapping of options, such as {name}: {{epochs: 2}}")
+    return [name for name in given if name not in BASELINES] + list(BASELINES)
+
+
+def check_comparison(options: CompareOptions) -> None:
+    """What can be checked before anything is loaded. Raises: UserError."""
+    if options.seeds < 1:
+        raise UserError(f"seeds is {options.seeds}; allowed: 1 or more")
+    for name in compared(options):
+        check(part(options, name))
+
+
+def part(options: CompareOptions, method: str) -> SearchOptions:
+    """What one method is asked."""
+    own = {field.name: getattr(options, field.name) for field in fields(ProblemOptions)}
+    own["method_options"] = options.method_options.get(method, {})
+    if method in BASELINES:  # which train no supernet
+        own["search_epochs"] = None
+    return SearchOptions(**own, method=method, baselines=())
+
+
+def prepare_comparison(options: CompareOptions, *, command: Sequence[str] = ()) -> Run:
+    """A new comparison in `options.out`, or the next free runs/compare-TASK-NUMBER.
+
+    All methods search one space; where none is named, the one that suits the first method.
+    Raises: UserError, as `prepare`, and for a method given twice or no seed.
+    """
+    check_comparison(options)
+    names = compared(options)
+    problem = problem_of(part(options, names[0]), command)
+    given = {name: method_options(part(options, name)) for name in names}
+    own = {"methods": ",".join(names), "seeds": options.seeds, "method_options": given}
+    problem = {key: value for key, value in problem.items() if key not in ("method", "seed", "baselines")} | own
+    return Run.create(options.out or next_folder(options), problem)
+
+
+def open_comparison(folder: Path) -> Run:
+    """The comparison in a folder, to go on with. Raises: UserError where it is none."""
+    run = Run.open(folder)
+    try:
+        if "methods" not in run.problem:
+            raise UserError(f"{folder} is no comparison: go on with netsmith search --resume {folder}")
+        checked(CompareOptions, {key: value for key, value in run.problem.items() if key not in RECORDED})
+    except UserError:
+        run.close()
+        raise
+    return run
+
+
+def compare(run: Run, say: Say) -> dict[str, Any]:
+    """The whole comparison; returns the content of its `result.json`. Continues what a killed process left.
+
+    A run that fails is told of in the result, and tried again when the comparison is continued.
+    Raises: UserError where no run came to an end, Infeasible for a budget that no network keeps.
+    """
+    from netsmith.pipeline import Job
+
+    asked, names = run.problem, run.problem["methods"].split(",")
+    ground = _ground(run, say)
+    failed: list[dict[str, Any]] = []
+    total = len(names) * asked["seeds"]
+    for seed in range(asked["seeds"]):
+        for name in names:
+            folder = run.path / f"{name}-{seed}"
+            if not (folder / "result.json").exists():
+                say.stage(f"{len(_parts(run)) + 1} of {total}: {name}, seed {seed}")
+                _begin(run, ground, name, seed, folder)
+                if sentence := _in_its_own_process(folder, say):
+                    failed.append({"method": name, "seed": seed, "error": sentence})
+                    say.line(f"{name}, seed {seed}, failed: {sentence}")
+    ended = _parts(run)
+    if not ended:
+        raise UserError(f"all {total} runs failed: {failed[0]['error']}")
+    with Run.open(run.path / "shared") as shared:
+        job = Job(shared, say)
+        in_turn = run.once(f"in-turn-{len(ended)}", lambda: _in_turn(run, job, ended))
+        limits = [[{"metric": b.metric, "limit": b.limit, "unit": b.unit} for b in p] for p in job.problem.budgets]
+        texts = [", ".join(map(str, budgets)) for budgets in job.budgets]
+    result = summary(
+        [_told(run, folder, in_turn) for folder in ended],
+        failed=failed,
+        budgets=[{"asked": text, "limits": limit} for text, limit in zip(texts, limits, strict=True)],
+        methods=names,
+        baselines=BASELINES,
+        seeds=asked["seeds"],
+    )
+    run.write_json("result.json", result)
+    return result
+
+
+def _ground(run: Run, say: Say) -> dict[str, Any]:
+    """The results of the stages that all runs share, computed in the run `shared`."""
+    from netsmith.pipeline import GROUND, lay_ground
+    from netsmith.search.allocate import Infeasible
+
+    names = run.problem["methods"].split(",")
+    with Run.create(run.path / "shared", _problem(run, names[-1], 0)) as shared:
+        if not shared.path.joinpath("stages", "reference.json").exists():
+            say.stage("what all runs share: prices, and the reference")
+        try:
+            lay_ground(shared, say)
+        except Infeasible:
+            run.discard()
+            raise
+        stages = [name for name in GROUND if (shared.path / "stages" / f"{name}.json").exists()]
+        return {name: shared.once(name, dict) for name in stages}
+
+
+def _problem(run: Run, method: str, seed: int, **options: Any) -> dict[str, Any]:
+    """The problem of one run of the comparison."""
+    own = {key: value for key, value in run.problem.items() if key not in ("methods", "seeds", "command")}
+    given = {**run.problem["method_options"][method], **options}
+    return own | {"method": method, "method_options": given, "seed": seed, "baselines": []}
+
+
+def _begin(run: Run, ground: dict[str, Any], method: str, seed: int, folder: Path) -> None:
+    """Make the run of a method and seed, unless it is there, and give it what all share."""
+    options = {}
+    given = run.problem["method_options"][method]
+    if method == "best_of" and not {"candidates", "processor_seconds"} & set(given):
+        # once: a run that is continued must not ask for something else
+        options = run.once(f"compute-{seed}", lambda: _equal_compute(run, seed))
+    problem = _problem(run, method, seed, **options)
+    command = ["netsmith", "search", "--config", str(folder.absolute() / "problem.yaml")]
+    with Run.create(folder, problem | {"command": command}) as own:
+        for name, value in ground.items():
+            own.once(name, lambda value=value: value)
+        teacher = Path("others", "reference")
+        if run.problem["recipe"]["distillation"] and not (folder / teacher).exists():
+            shutil.copytree(run.path / "shared" / teacher, folder / teacher, dirs_exist_ok=True)
+
+
+def _equal_compute(run: Run, seed: int) -> dict[str, float]:
+    """What `best_of` gets: the dearest search's processor seconds; its default where no search came to an end."""
+    searches = [part for part in _parts(run) if part.name.rsplit("-", 1)[0] not in BASELINES]
+    spent = [_result(part)["effort"]["processor_seconds"] for part in searches if part.name.endswith(f"-{seed}")]
+    return {"processor_seconds": round(max(spent), 1)} if spent and max(spent) >= 0.1 else {}
+
+
+def _parts(run: Run) -> list[Path]:
+    """The folders of the runs that have a result."""
+    names, seeds = run.problem["methods"].split(","), range(run.problem["seeds"])
+    folders = [run.path / f"{name}-{seed}" for name in names for seed in seeds]
+    return [folder for folder in folders if (folder / "result.json").exists()]
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text())
+
+
+def _told(run: Run, folder: Path, in_turn: dict[str, float]) -> dict[str, Any]:
+    """A run's result with what the comparison knows of it."""
+    raced = sum(event["kind"] == "raced" for event in read_events(folder))
+    times = {place: ms for place, ms in in_turn.items() if Path(place).parts[0] == folder.name}
+    return {"run": folder.name, "trainings": raced, "in_turn_ms": list(times.values()), **_result(folder)}
+
+
+def _in_turn(run: Run, job: Any, ended: list[Path]) -> dict[str, float]:
+    """Milliseconds of every network, all timed in turn in this process, by its place in the comparison's folder, the
+    networks of a front in the order of the budgets. Empty where nothing runs."""
+    from netsmith.cost.device import load_shipped
+    from netsmith.cost.meter import measure
+    from netsmith.pipeline import point_name
+    from netsmith.ship.weights import load
+
+    if job.time is None:
+        return {}
+    points = [point_name(budgets) for budgets in job.budgets] if len(job.budgets) > 1 else ["."]
+    places = [folder / point for folder in ended for point in points]
+    job.say.stage(f"all {len(places)} networks timed in turn")
+    calls = {
+        str(place.relative_to(run.path)): load_shipped(
+            job.device, load(place), place / "model.onnx", job.task.input_shape
+        )
+        for place in places
+    }
+    timed = measure(calls, seconds=TIMING_SECONDS * len(calls))
+    return {place: measured.median_ms for place, measured in timed.items()}
+
+
+# A process for each run: its peak memory is its own, and nothing of one search is left in the next --------------------
+
+
+class _Told:
+    """Progress, told to the process that started this one."""
+
+    def __init__(self, tell: Connection) -> None:
+        self.tell = tell
+
+    def stage(self, name: str) -> None:
+        self.tell.send(("stage", (f"  {name}",)))
+
+    def progress(self, name: str, done: int, total: int, note: str = "") -> None:
+        self.tell.send(("progress", (name, done, total, note)))
+
+    def line(self, text: str) -> None:
+        self.tell.send(("line", (text,)))
+
+
+def _in_its_own_process(folder: Path, say: Say) -> str:
+    """Search the run in ``folder``; says why there is no result, or nothing."""
+    context = multiprocessing.get_context("spawn")
+    told, tell = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(folder, tell), name=folder.name)
+    process.start()
+    tell.close()
+    try:
+        while True:
+            what, words = told.recv()
+            if what == "ended":
+                process.join()
+                return words
+            getattr(say, what)(*words)
+    except EOFError:
+        process.join()
+        return f"its process ended with {process.exitcode} (-9: killed, perhaps for want of memory)"
+    finally:
+        process.kill()  # where this process is interrupted
+        process.join()
+
+
+def _child(folder: Path, tell: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    threading.Thread(target=_die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    sentence = ""
+    try:
+        from netsmith.pipeline import search
+
+        with Run.open(folder) as run:
+            search(run, _Told(tell), enough=MATCHED)
+    except UserError as error:
+        sentence = str(error)
+    except Exception as error:  # a bug in one method should not cost the results of the others
+        (folder / "error.txt").write_text(traceback.format_exc())
+        sentence = f"unexpected {type(error).__name__}: {error} (this is a bug; the traceback is in {folder}/error.txt)"
+    tell.send(("ended", sentence))
+
+
+def _die_with(parent: Any) -> None:
+    """A parent that was killed can be started again, and then wants this run for itself."""
+    parent.join()
+    os._exit(1)
