@@ -2,6 +2,7 @@
 
     python benchmarks/supernet_step.py                                   # ours, some five minutes
     python benchmarks/supernet_step.py --nni-python SCRATCH/bin/python   # NNI 3.0's DARTS and ProxylessNAS beside it
+    python benchmarks/supernet_step.py --plinio CLONE                    # PLiNIO's supernet (eml-eda/plinio at 3d6b5e0)
 
 The space: stem 16, six layers 16-24-24-40-40-80-80 with stride 2 on the odd ones, MBConv, kernel 3 or 5, expansion 1, 3
 or 6; 32 px, batch 64, one thread. For PruNet the same macro with one open width (up to expansion 6) per kernel. The
@@ -247,6 +248,31 @@ def nni(name: str) -> tuple[Step, Step | None]:
     return weight, architecture
 
 
+def plinio(_: str) -> tuple[Step, None]:
+    """PLiNIO's supernet: one step trains weights and choices together, loss plus cost."""
+    from plinio.cost import params
+    from plinio.methods import SuperNet
+    from plinio.methods.supernet import SuperNetModule
+
+    space = network(lambda i, o, s: SuperNetModule(list(blocks(i, o, s).values())))
+    model = SuperNet(space, cost=params, input_shape=Batch.input_shape).to(memory_format=torch.channels_last)
+    sgd = torch.optim.SGD([p for _, p in model.named_net_parameters()], 0.05, momentum=0.9, weight_decay=1e-4)
+    adam = torch.optim.Adam([p for _, p in model.named_nas_parameters()], 3e-4)
+    batch = Batch()
+
+    def step() -> None:
+        loss = F.cross_entropy(model(batch.images), batch.labels) + 1e-6 * model.cost
+        sgd.zero_grad()
+        adam.zero_grad()
+        loss.backward()
+        sgd.step()
+        adam.step()
+        loss.item()
+
+    model.train()
+    return step, None
+
+
 def saved_bytes(step: Step) -> int:
     """Bytes of all tensors that autograd keeps during a step, each once, parameters left out."""
     kept: dict[int, int] = {}
@@ -272,7 +298,7 @@ def serve(name: str, which: str) -> None:
     """A step for every line on stdin; the answer is its processor seconds. The last answer is the memory."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    make = nni if name.startswith("nni") else ours
+    make = {"nni": nni, "plinio": plinio}.get(name.split("-")[0], ours)
     plain_step(nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)))()
     before = resident()
     weight, architecture = make(name)
@@ -294,9 +320,12 @@ def serve(name: str, which: str) -> None:
 
 
 class Worker:
+    plinio = ""
+    """Folder that holds the package."""
+
     def __init__(self, python: str, name: str, which: str) -> None:
         self.python, self.name, self.which, self.seconds = python, name, which, []
-        paths = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+        paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1] / "src"), self.plinio])}
         self.process = subprocess.Popen(
             [python, __file__, "--serve", name, which],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=paths,
@@ -437,6 +466,7 @@ def over_a_search(copies: str, headroom: float, epochs: int, steps: int) -> dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nni-python", default="", help="a Python with NNI 3.0; without it NNI is left out")
+    parser.add_argument("--plinio", default="", help="the folder of PLiNIO's sources; without it PLiNIO is left out")
     parser.add_argument("--rounds", type=int, default=7, help="steps of every configuration")
     parser.add_argument("--epochs", type=int, default=10, help="of the searches that are followed")
     parser.add_argument("--steps", type=int, default=15, help="of each kind in an epoch of those searches")
@@ -457,6 +487,9 @@ def main() -> None:
         kinds.append((asked.nni_python, "largest", "weight"))  # their torch may be another
         for name in ("nni-darts", "nni-proxyless"):
             kinds += [(asked.nni_python, name, "weight"), (asked.nni_python, name, "architecture")]
+    if asked.plinio:
+        Worker.plinio = asked.plinio
+        kinds.append((own, "plinio-supernet", "weight"))
     rows = compare([Worker(*kind) for kind in kinds], asked.rounds)
     print("| configuration | step | CPU s (quartiles) | time | saved | grown |\n|---|---|---|---|---|---|")
     for r in rows:

@@ -31,7 +31,7 @@ from netsmith.run import Run, read_events
 from netsmith.spaces import open_space
 
 SPACE = {"depth": 1}
-TINY = {"fbnet": {"samples": 1, "race_epochs": [1], "steps": STEPS}, "best_of": {"epochs": 1}}
+TINY = {"fbnet": {"finals": {"samples": 1, "epochs": [1]}, "steps": STEPS}, "best_of": {"epochs": 1}}
 
 
 @pytest.fixture(autouse=True)

@@ -114,7 +114,7 @@ class Compare(CompareOptions):
     """
 
     config: Annotated[Path | None, Later] = None
-    """A YAML file with these options; options of a method: `method_options: {prunet: {samples: 10}}`."""
+    """A YAML file with these options; options of a method: `method_options: {prunet: {starts: 8}}`."""
     resume: Annotated[Path | None, Later] = None
     """Continue the comparison in this folder, which was stopped or killed; takes no other options."""
     json: bool = False
