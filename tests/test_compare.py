@@ -200,7 +200,7 @@ def test_a_budget_that_nothing_keeps_is_said_at_once(table, tmp_path):
         ("--space prunet_smll", "did you mean 'prunet_small'?"),
         ("--budget latency<=0", "not above zero"),
         ("--config bad.yaml", "unknown method in method_options, 'fbnett'; did you mean 'fbnet'?"),
-        ("--config worse.yaml", "method_options.samplse: unknown; did you mean samples?"),
+        ("--config worse.yaml", "method_options.temprature: unknown; did you mean temperature?"),
         ("--config search.yaml", "method: unknown; did you mean methods?"),
         ("--resume nowhere", "nowhere is no run of netsmith"),
         ("--resume nowhere --seeds 2", "--resume takes no other options"),
@@ -208,7 +208,7 @@ def test_a_budget_that_nothing_keeps_is_said_at_once(table, tmp_path):
 )
 def test_bad_input_is_one_sentence(line, said, capsys, tmp_path):
     Path("bad.yaml").write_text("methods: fbnet\nmethod_options: {fbnett: {}}\n")
-    Path("worse.yaml").write_text("methods: fbnet\nmethod_options: {fbnet: {samplse: 2}}\n")
+    Path("worse.yaml").write_text("methods: fbnet\nmethod_options: {fbnet: {temprature: 2}}\n")
     Path("search.yaml").write_text("method: fbnet\n")
     assert main(["compare", *line.split()]) == 2
     printed = capsys.readouterr()

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import nn
 
 from netsmith.blocks.mobile import MBConv
 from netsmith.cost.device import OrtCpu
 from netsmith.cost.imported import import_table
+from netsmith.cost.latency import profile_space
+from netsmith.cost.prices import atoms
 from netsmith.cost.table import Calibration, Entry, LatencyTable, MissingEntry, TableDevice, entry_key
 from netsmith.errors import UserError
+from netsmith.spaces import open_space
 
 DATA = Path(os.environ.get("NETSMITH_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 with_data = pytest.mark.skipif(not (DATA / "nas").is_dir(), reason="the published tables are not here")
@@ -201,6 +205,38 @@ def test_single_path_table_fits_its_space():
     repeated = entry_key(MBConv(24, 24, kernel=5, hidden=144), (24, 56, 56))
     assert device.get([first])[first] == 9.2015
     assert device.get([repeated])[repeated] == pytest.approx(np.mean([9.1518, 9.1756, 9.1567]), rel=1e-4)
+
+
+def test_a_table_in_the_words_of_proxylessnas_prices_its_space(tmp_path):
+    with torch.device("meta"):
+        space = open_space("proxylessnas", classes=1000, channels=3, resolution=224)
+    rows, number = {}, 0.0
+    for atom in atoms(space, (3, 224, 224)):
+        channels, size, _ = atom.shape
+        number += 1.0
+        if isinstance(atom.module, MBConv):
+            told = atom.module.options
+            after = size // told["stride"]
+            name = f"expanded_conv-input:{size}x{size}x{channels}-output:{after}x{after}x{told['outputs']}"
+            expand = told["hidden"] // channels
+            skip = int(told["stride"] == 1 and channels == told["outputs"])
+            rows[f"{name}-expand:{expand}-kernel:{told['kernel']}-stride:{told['stride']}-idskip:{skip}"] = number
+    rows["Conv-input:224x224x3-output:112x112x32"] = 40.0
+    rows["Conv_1-input:7x7x320-output:7x7x1280"] = 20.0
+    rows["Logits-input:7x7x1280-output:1000"] = 2.5
+    rows["expanded_conv-input:56x56x24-output:56x56x24-expand:6-kernel:7-stride:1-idskip:0"] = 999.0
+    file = tmp_path / "phone.yaml"
+    file.write_text("".join(f"{name}: {{mean: {ms}, count: 50}}\n" for name, ms in rows.items()))
+    device = import_table(file)
+    latency = profile_space(space, (3, 224, 224), device, LatencyTable(tmp_path / "table.sqlite"))
+    assert latency.raw.constant == pytest.approx(40 + 22.5 + rows[next(iter(rows))])
+    wide = latency.raw.options["layer2"]["k7_e6"]
+    names = [name for name in rows if "56x56x24-output:56x56x24-expand:6-kernel:7" in name and "skip:1" in name]
+    assert wide == rows[names[0]]
+    assert latency.raw.options["layer2"]["skip"] == 0
+    file.write_text("a: [\n")
+    with pytest.raises(UserError, match="no latency table of a known format"):
+        import_table(file)
 
 
 @with_data

@@ -1,8 +1,8 @@
 """Latency tables measured by others: read into keys of ours where a row is the same layer.
 
-Formats: our own CSV (header `key,ms`) and JSON (`{key: ms}`), plain or gzipped, and three published tables, told
-apart by their content: TF-NAS (AberHu/TF-NAS), single-path NAS (dstamoulis/single-path-nas), FasterSeg
-(TAMU-VITA/FasterSeg).
+Formats: our own CSV (header `key,ms`) and JSON (`{key: ms}`), plain or gzipped, and four published ones, told apart by
+their content: ProxylessNAS (mit-han-lab/proxylessnas, YAML), TF-NAS (AberHu/TF-NAS), single-path NAS
+(dstamoulis/single-path-nas), FasterSeg (TAMU-VITA/FasterSeg).
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from netsmith.cost.table import TableDevice
 from netsmith.errors import UserError, unknown
+from netsmith.run import load_yaml
 
-ACTS = {"relu": "", "swish": ", act='swish'"}
+ACTS = {"relu": "", "relu6": ", act='relu6'", "swish": ", act='swish'"}
 
 
 def import_table(file: Path, part: str | None = None) -> TableDevice:
@@ -38,8 +41,10 @@ def import_table(file: Path, part: str | None = None) -> TableDevice:
     name = file.name.split(".")[0]
     constant = 0.0
     try:
-        data: Any = _csv(text) if ".csv" in file.suffixes else json.loads(text)
-        if isinstance(data, dict) and data and all(isinstance(v, dict) and "base" in v for v in data.values()):
+        data: Any = _parsed(text, file)
+        if isinstance(data, dict) and data and all(isinstance(v, dict) and "mean" in v for v in data.values()):
+            entries = _proxyless(data)
+        elif isinstance(data, dict) and data and all(isinstance(v, dict) and "base" in v for v in data.values()):
             if part is None or part not in data:
                 raise unknown(f"part of {file.name}", str(part), data)
             entries, constant, name = _tf_nas(data[part]), float(data[part]["base"]), f"{name}-{part}"
@@ -49,11 +54,19 @@ def import_table(file: Path, part: str | None = None) -> TableDevice:
             entries, constant = _single_path(data), SINGLE_PATH_REST_MS
         else:
             entries = {_faster_seg_key(key): float(ms) for key, ms in data.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, csv.Error, yaml.YAMLError) as error:
         raise UserError(f"{file} is no latency table of a known format: {error}") from error
     if not 0 <= constant < math.inf:
         raise UserError(f"{file} gives {constant} ms for what all networks have; allowed: 0 or more")
     return TableDevice(name, {key: ms for key, ms in entries.items() if ms > 0 and math.isfinite(ms)}, constant)
+
+
+def _parsed(text: str, file: Path) -> Any:
+    if ".csv" in file.suffixes:
+        return _csv(text)
+    if {".yaml", ".yml"} & set(file.suffixes):
+        return load_yaml(text)
+    return json.loads(text)
 
 
 def _csv(text: str) -> dict[str, float]:
@@ -70,6 +83,37 @@ def _block(
     extra = (f", stride={stride}" if stride > 1 else "") + (f", squeeze={squeeze}" if squeeze else "") + ACTS[act]
     extra += ", expand=False" if hidden == inp else ""
     return f"MBConv({inp}, {out}, kernel={kernel}, hidden={hidden}{extra}) @ {inp}x{size}x{size}"
+
+
+def _proxyless(rows: dict[str, Any]) -> dict[str, float]:
+    """Rows such as `expanded_conv-input:56x56x24-output:56x56x24-expand:6-kernel:7-stride:1-idskip:1: {mean: 2.1}`, in
+    milliseconds; `Conv` is the stem, `Conv_1` and `Logits` together are the head.
+
+    A block that keeps its shape has a shortcut with `idskip` 1 only, as all of ours: rows without it are left out.
+    """
+    entries: dict[str, float] = {}
+    head: dict[str, tuple[list[int], list[int], float]] = {}
+    for name, row in rows.items():
+        kind, *told = name.split("-")
+        facts = dict(fact.split(":") for fact in told)
+        before, after = ([int(n) for n in facts[side].split("x")] for side in ("input", "output"))
+        ms = float(row["mean"])
+        if kind == "expanded_conv":
+            size, _, inp = before
+            expand, kernel, stride, skip = (int(facts[fact]) for fact in ("expand", "kernel", "stride", "idskip"))
+            if skip or stride > 1 or inp != after[-1]:
+                entries[_block(size, inp, after[-1], kernel, expand * inp, stride, act="relu6")] = ms
+        elif kind == "Conv":
+            size, _, inp = before
+            stride = size // after[0]
+            entries[f"ConvBn({inp}, {after[-1]}, kernel=3, stride={stride}, act='relu6') @ {inp}x{size}x{size}"] = ms
+        else:
+            head[kind] = before, after, ms
+    if {"Conv_1", "Logits"} <= set(head):
+        (size, _, inp), (*_, features), ms = head["Conv_1"]
+        key = f"Head({inp}, {features}, classes={head['Logits'][1][-1]}, act='relu6') @ {inp}x{size}x{size}"
+        entries[key] = ms + head["Logits"][2]
+    return entries
 
 
 def _tf_nas(rows: dict[str, Any]) -> dict[str, float]:

@@ -19,6 +19,7 @@ SPACES = {
     "fbnet_small": "netsmith.spaces.small:fbnet_small",
     "single_path": "netsmith.spaces.single_path:single_path",
     "prunet_small": "netsmith.spaces.small:prunet_small",
+    "proxylessnas": "netsmith.spaces.proxylessnas:proxylessnas",
     "nasbench201": "netsmith.spaces.nasbench201:nasbench201",
     "darts": "netsmith.spaces.darts:darts",
     "repvgg": "netsmith.spaces.repvgg:repvgg",
