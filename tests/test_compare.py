@@ -2,6 +2,7 @@
 
 import csv
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -54,14 +55,29 @@ def table(tmp_path_factory) -> Path:
     return file
 
 
-def here(folder: Path, say) -> str:
+class NoProcess:
+    exitcode = 0
+
+    def join(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+def telling(sentence: str):
+    """A process that has ended and said why."""
+    told, tell = multiprocessing.Pipe(duplex=False)
+    tell.send(("ended", sentence))
+    return NoProcess(), told
+
+
+def here(folder: Path, jobs: int):
     """A run in this process: what a process of its own costs is time to load PyTorch."""
+    sentence = ""
     try:
         with Run.open(folder) as run:
             pipeline.search(run, Quiet(), enough=module.MATCHED)
     except UserError as error:
-        return str(error)
-    return ""
+        sentence = str(error)
+    return telling(sentence)
 
 
 def asked(table: Path, **options) -> CompareOptions:
@@ -74,7 +90,7 @@ def done(table, tmp_path_factory):
     """One whole comparison: its folder and result."""
     folder = tmp_path_factory.mktemp("compare") / "all"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_in_its_own_process", here)
+        patch.setattr(module, "_start", here)
         with prepare_comparison(asked(table, out=folder)) as run:
             return folder, compare(run, Quiet())
 
@@ -125,7 +141,7 @@ def test_best_of_gets_what_the_dearest_search_took(done):
 
 def test_continuing_what_is_complete_changes_nothing(done, monkeypatch):
     folder, result = done
-    monkeypatch.setattr(module, "_in_its_own_process", None)
+    monkeypatch.setattr(module, "_start", None)
     with open_comparison(folder) as run:
         assert compare(run, Quiet()) == result
     for line in (["report", str(folder), "--out", "page.html"], ["compare", "--resume", str(folder), "--json"]):
@@ -157,9 +173,7 @@ def torn(done, tmp_path) -> Path:
 def test_killed_and_continued_ends_the_same(done, torn, monkeypatch):
     whole, result = done
     begun = []
-    monkeypatch.setattr(
-        module, "_in_its_own_process", lambda folder, say: begun.append(folder.name) or here(folder, say)
-    )
+    monkeypatch.setattr(module, "_start", lambda folder, jobs: begun.append(folder.name) or here(folder, jobs))
     with open_comparison(torn) as run:
         assert scores(compare(run, Quiet())) == scores(result)
     assert begun == ["random-0"]
@@ -168,13 +182,13 @@ def test_killed_and_continued_ends_the_same(done, torn, monkeypatch):
 
 
 def test_a_run_that_fails_costs_no_other(torn, monkeypatch, capsys):
-    monkeypatch.setattr(module, "_in_its_own_process", lambda folder, say: "the loss became nan")
+    monkeypatch.setattr(module, "_start", lambda folder, jobs: telling("the loss became nan"))
     assert main(["compare", "--resume", str(torn)]) == 2
     said = capsys.readouterr()
     assert "random, seed 0, failed: the loss became nan" in said.out
     assert said.err.endswith(f"netsmith: failed: random-0 (netsmith compare --resume {torn} tries again)\n")
     assert list(scores(json.loads((torn / "result.json").read_text()))) == ["fbnet", "capacity", "best_of"]
-    monkeypatch.setattr(module, "_in_its_own_process", here)
+    monkeypatch.setattr(module, "_start", here)
     assert main(["compare", "--resume", str(torn)]) == 0
     assert "random" in scores(json.loads((torn / "result.json").read_text()))
 
@@ -280,7 +294,42 @@ def test_a_run_in_its_own_process_tells_why_it_failed(done, tmp_path):
     (folder / "result.json").unlink()
     problem = (folder / "problem.yaml").read_text()
     (folder / "problem.yaml").write_text(problem.replace("task: digits", "task: folder:/no/such"))
-    assert "no such folder" in module._in_its_own_process(folder, Quiet())
+    process, told = module._start(folder, 1)
+    while (heard := told.recv())[0] != "ended":
+        pass
+    assert "no such folder" in heard[1]
+    process.join()
+
+
+def test_best_of_waits_for_the_searches_of_its_seed_and_for_no_others(table, tmp_path, monkeypatch):
+    begun, tells = [], {}
+
+    class Process(NoProcess):
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    def start(folder: Path, jobs: int):
+        told, tells[folder.name] = multiprocessing.Pipe(duplex=False)
+        begun.append(folder.name)
+        if folder.name != "fbnet-0":  # which takes until all others that can have ended
+            tells[folder.name].send(("ended", "not tried"))
+        return Process(folder.name), told
+
+    waited = module.wait
+
+    def waiting(open_):
+        if len(open_) == 1 and begun[-1] != "fbnet-0" and "best_of-0" not in begun:
+            tells["fbnet-0"].send(("ended", "not tried"))
+        return waited(open_)
+
+    monkeypatch.setattr(module, "_start", start)
+    monkeypatch.setattr(module, "wait", waiting)
+    monkeypatch.setattr(module, "_begin", lambda *_: None)
+    with prepare_comparison(asked(table, out=tmp_path / "x", seeds=2, jobs=2)) as run:
+        failed = module._search_all(run, Quiet(), {})
+    assert begun[-1] == "best_of-0"
+    assert begun.index("fbnet-1") < begun.index("best_of-1") < begun.index("best_of-0")
+    assert len(failed) == len(begun) == len(set(begun)) == 8
 
 
 @pytest.mark.slow

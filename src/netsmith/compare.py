@@ -20,7 +20,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 from dataclasses import fields
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,8 +62,9 @@ def compared(options: CompareOptions) -> list[str]:
 
 def check_comparison(options: CompareOptions) -> None:
     """What can be checked before anything is loaded. Raises: UserError."""
-    if options.seeds < 1:
-        raise UserError(f"seeds is {options.seeds}; allowed: 1 or more")
+    for name in ("seeds", "jobs"):
+        if (given := getattr(options, name)) is not None and given < 1:
+            raise UserError(f"{name} is {given}; allowed: 1 or more")
     for name in compared(options):
         check(part(options, name))
 
@@ -87,7 +88,11 @@ def prepare_comparison(options: CompareOptions, *, command: Sequence[str] = ()) 
     names = compared(options)
     problem = problem_of(part(options, names[0]), command)
     given = {name: method_options(part(options, name)) for name in names}
-    own = {"methods": ",".join(names), "seeds": options.seeds, "method_options": given}
+    from netsmith.pipeline import ONE_THREAD
+
+    small = problem["space_options"]["resolution"] <= ONE_THREAD
+    jobs = options.jobs or (len(os.sched_getaffinity(0)) if small else 1)
+    own = {"methods": ",".join(names), "seeds": options.seeds, "jobs": jobs, "method_options": given}
     problem = {key: value for key, value in problem.items() if key not in ("method", "seed", "baselines")} | own
     return Run.create(options.out or next_folder(options), problem)
 
@@ -114,18 +119,8 @@ def compare(run: Run, say: Say) -> dict[str, Any]:
     from netsmith.pipeline import Job
 
     asked, names = run.problem, run.problem["methods"].split(",")
-    ground = _ground(run, say)
-    failed: list[dict[str, Any]] = []
+    failed = _search_all(run, say, _ground(run, say))
     total = len(names) * asked["seeds"]
-    for seed in range(asked["seeds"]):
-        for name in names:
-            folder = run.path / f"{name}-{seed}"
-            if not (folder / "result.json").exists():
-                say.stage(f"{len(_parts(run)) + 1} of {total}: {name}, seed {seed}")
-                _begin(run, ground, name, seed, folder)
-                if sentence := _in_its_own_process(folder, say):
-                    failed.append({"method": name, "seed": seed, "error": sentence})
-                    say.line(f"{name}, seed {seed}, failed: {sentence}")
     ended = _parts(run)
     if not ended:
         raise UserError(f"all {total} runs failed: {failed[0]['error']}")
@@ -166,7 +161,7 @@ def _ground(run: Run, say: Say) -> dict[str, Any]:
 
 def _problem(run: Run, method: str, seed: int, **options: Any) -> dict[str, Any]:
     """The problem of one run of the comparison."""
-    own = {key: value for key, value in run.problem.items() if key not in ("methods", "seeds", "command")}
+    own = {key: value for key, value in run.problem.items() if key not in ("methods", "seeds", "jobs", "command")}
     given = {**run.problem["method_options"][method], **options}
     return own | {"method": method, "method_options": given, "seed": seed, "baselines": []}
 
@@ -195,10 +190,14 @@ def _equal_compute(run: Run, seed: int) -> dict[str, float]:
     return {"processor_seconds": round(max(spent), 1)} if spent and max(spent) >= 0.1 else {}
 
 
+def _folder(run: Run, method: str, seed: int) -> Path:
+    return run.path / f"{method}-{seed}"
+
+
 def _parts(run: Run) -> list[Path]:
     """The folders of the runs that have a result."""
     names, seeds = run.problem["methods"].split(","), range(run.problem["seeds"])
-    folders = [run.path / f"{name}-{seed}" for name in names for seed in seeds]
+    folders = [_folder(run, name, seed) for name in names for seed in seeds]
     return [folder for folder in folders if (folder / "result.json").exists()]
 
 
@@ -246,7 +245,7 @@ class _Told:
         self.tell = tell
 
     def stage(self, name: str) -> None:
-        self.tell.send(("stage", (f"  {name}",)))
+        self.tell.send(("stage", (name,)))
 
     def progress(self, name: str, done: int, total: int, note: str = "") -> None:
         self.tell.send(("progress", (name, done, total, note)))
@@ -255,35 +254,73 @@ class _Told:
         self.tell.send(("line", (text,)))
 
 
-def _in_its_own_process(folder: Path, say: Say) -> str:
-    """Search the run in ``folder``; says why there is no result, or nothing."""
+def _search_all(run: Run, say: Say, ground: dict[str, Any]) -> list[dict[str, Any]]:
+    """Search every run that has no result, several at a time; returns those that failed, each with its sentence."""
+    names, seeds = run.problem["methods"].split(","), range(run.problem["seeds"])
+    total, jobs = len(names) * len(seeds), run.problem["jobs"]
+    pairs = [(name, seed) for seed in seeds for name in names]
+    waiting = [pair for pair in pairs if not (_folder(run, *pair) / "result.json").exists()]
+    running: dict[Connection, tuple[Any, str, int]] = {}
+    failed: list[dict[str, Any]] = []
+
+    def ready(name: str, seed: int) -> bool:
+        """`best_of` waits for the searches whose seconds it gets."""
+        unfinished = [*waiting, *((other, s) for _, other, s in running.values())]
+        return name != "best_of" or not any(s == seed and other not in BASELINES for other, s in unfinished)
+
+    try:
+        while waiting or running:
+            while len(running) < jobs and (pair := next((pair for pair in waiting if ready(*pair)), None)):
+                waiting.remove(pair)
+                say.stage(f"{total - len(waiting)} of {total}: {pair[0]}, seed {pair[1]}")
+                _begin(run, ground, *pair, _folder(run, *pair))
+                process, told = _start(_folder(run, *pair), jobs)
+                running[told] = (process, *pair)
+            for told in wait(list(running)):
+                assert isinstance(told, Connection)
+                process, name, seed = running[told]
+                try:
+                    what, words = told.recv()
+                except EOFError:
+                    process.join()
+                    sentence = f"its process ended with {process.exitcode} (-9: killed, perhaps for want of memory)"
+                    what, words = "ended", sentence
+                if what == "ended":
+                    del running[told]
+                    told.close()
+                    process.join()
+                    if words:
+                        failed.append({"method": name, "seed": seed, "error": words})
+                        say.line(f"{name}, seed {seed}, failed: {words}")
+                else:
+                    getattr(say, what)(f"{name}-{seed}: {words[0]}", *words[1:])
+    finally:
+        for process, _, _ in running.values():
+            process.kill()  # where this process is interrupted
+            process.join()
+    return failed
+
+
+def _start(folder: Path, jobs: int) -> tuple[Any, Connection]:
+    """Begin to search the run in ``folder``: the process, and what it tells."""
     context = multiprocessing.get_context("spawn")
     told, tell = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(folder, tell), name=folder.name)
+    process = context.Process(target=_child, args=(folder, tell, jobs), name=folder.name)
     process.start()
     tell.close()
-    try:
-        while True:
-            what, words = told.recv()
-            if what == "ended":
-                process.join()
-                return words
-            getattr(say, what)(*words)
-    except EOFError:
-        process.join()
-        return f"its process ended with {process.exitcode} (-9: killed, perhaps for want of memory)"
-    finally:
-        process.kill()  # where this process is interrupted
-        process.join()
+    return process, told
 
 
-def _child(folder: Path, tell: Connection) -> None:
+def _child(folder: Path, tell: Connection, jobs: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
     threading.Thread(target=_die_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     sentence = ""
     try:
+        import torch
+
         from netsmith.pipeline import search
 
+        torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
         with Run.open(folder) as run:
             search(run, _Told(tell), enough=MATCHED)
     except UserError as error:

@@ -90,6 +90,8 @@ class CompareOptions(ProblemOptions):
     """What to compare, such as prunet,fbnet: `netsmith list methods`; random, capacity and best_of always run too."""
     seeds: int = 3
     """How often each method runs, with seeds 0, 1, ...; five make an interval that says something."""
+    jobs: Annotated[int | None, Later] = None
+    """Runs at a time (default: one for each core where a single thread trains, as on images up to 16 px, else one)."""
 
 
 def read_config(file: Path) -> SearchOptions:

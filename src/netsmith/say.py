@@ -28,11 +28,15 @@ class Console:
         self.line(f"{self._elapsed()}  {name}")
 
     def progress(self, name: str, done: int, total: int, note: str = "") -> None:
-        """So much of it is done; ``note`` is the newest number, such as "loss 0.52"."""
+        """So much of it is done; ``note`` is the newest number, such as "loss 0.52". Where several runs are under way,
+        ``name`` begins with that of the run and a colon."""
         if self.bar is not None:
+            lane = name.partition(":")[0]
             for task in [task for task in self.bar.tasks if task.description != name]:
-                self.bar.remove_task(task.id)  # one bar: what is under way now
-            known = self.bar.task_ids or [self.bar.add_task(name, total=total, note=note)]
+                if lane == name or task.description.partition(":")[0] == lane:
+                    self.bar.remove_task(task.id)  # one bar for what is under way now, of each run
+            known = [task.id for task in self.bar.tasks if task.description == name]
+            known = known or [self.bar.add_task(name, total=total, note=note)]
             self.bar.update(known[0], completed=done, total=total, note=note, visible=done < total)
         elif time.monotonic() - self.spoke >= QUIET_SECONDS:
             self.line(f"{self._elapsed()}  {name}: {done} of {total}" + (f", {note}" if note else ""))
