@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from netsmith.architecture import Outline, outline, sample
+from netsmith.architecture import Outline, dumps, outline, sample
 from netsmith.cost.budget import within
 from netsmith.cost.prices import Options, expected
 from netsmith.decisions import Architecture, decisions, derive
@@ -98,13 +98,15 @@ class PADNAS:
         return [self._decide(problem, run, i, shares, everyone) for i in range(len(problem.budgets))]
 
     def schedule(self, stage: int) -> Steps:
-        """How a stage, from 1, is trained: of the epochs 3/6, 2/6 and 1/6 where M is 4 (120, 80 and 40)."""
-        ends = [sum(self.stages - k for k in range(1, s + 1)) for s in range(self.stages)]
-        # What each stage needs at least, one epoch, is set aside first.
-        spare = self.steps.epochs - (self.stages - 1)
-        start, stop = (round(spare * end / ends[-1]) for end in ends[stage - 1 : stage + 1])
+        """How a stage, from 1, is trained; of the epochs it gets 3/6, 2/6 or 1/6 where M is 4 (120, 80, 40)."""
+        trainings = self.stages - 1
+
+        def end(stage: int) -> int:
+            share = sum(trainings - k for k in range(stage)) / sum(range(self.stages))
+            return min(round(self.steps.epochs * share), self.steps.epochs - (trainings - stage))  # one each at least
+
         rate = self.steps.learning_rate * (1.0 if stage == 1 else self.fine_tuning)
-        return replace(self.steps, epochs=stop - start + 1, warmup_epochs=0, learning_rate=rate)
+        return replace(self.steps, epochs=end(stage) - end(stage - 1), warmup_epochs=0, learning_rate=rate)
 
     # The constrained evolutionary search --------------------------------------------------------------------------
 
@@ -202,6 +204,8 @@ class Window:
     problem: Problem
     least: list[float]
     """For each budget, in shares of it, from where networks are drawn."""
+    known: dict[str, list[float]] = field(default_factory=dict)
+    """Architecture -> what `uses` found: peak memory takes a trace of the network."""
 
     @classmethod
     def around(cls, problem: Problem, nearest: Sequence[Architecture], least: float) -> Window:
@@ -210,12 +214,18 @@ class Window:
         uses = [usage(problem, one, budgets) for one, budgets in zip(nearest, problem.budgets, strict=True)]
         return cls(problem, [least if use >= least else least * use for use in uses])
 
+    def uses(self, architecture: Architecture) -> list[float]:
+        """Cost in shares of each budget."""
+        if (key := dumps(architecture)) not in self.known:
+            self.known[key] = [usage(self.problem, architecture, budgets) for budgets in self.problem.budgets]
+        return self.known[key]
+
     def share(self, architecture: Architecture) -> float:
         """Cost in shares of the tightest budget."""
-        return max(usage(self.problem, architecture, budgets) for budgets in self.problem.budgets)
+        return max(self.uses(architecture))
 
     def holds(self, architecture: Architecture) -> bool:
-        uses = [usage(self.problem, architecture, budgets) for budgets in self.problem.budgets]
+        uses = self.uses(architecture)
         return within(min(uses), 1.0) and max(uses) >= min(self.least)
 
 

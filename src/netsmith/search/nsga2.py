@@ -37,7 +37,7 @@ class NSGA2:
     iterations: NonNegativeInt = 10
     """Generations after the first."""
     crossover: Annotated[float, Field(ge=0, le=1)] = 0.9
-    """Probability that a child has two parents: between two points of the list of decisions it takes after the second."""
+    """Probability that a child has two parents; it takes after the second between two points of the decisions."""
     mutations: NonNegativeFloat = 1.0
     """Decisions re-drawn in a child, in the mean: of J each with probability 1/J."""
 
@@ -60,7 +60,7 @@ class NSGA2:
         for generation in range(self.iterations + 1):
             stage = f"{name}-{generation}"
 
-            def scored(stage: str = stage, parents: Sequence[Individual] = living) -> list[Individual]:
+            def scored(stage: str = stage, parents: list[Individual] = living) -> list[Individual]:
                 random = torch.Generator().manual_seed(run.seed(stage))
                 drawn = self._children(space, parents, allowed, everyone, random) if parents else first(random)
                 return [Individual(found, score(found)) for found in {dumps(found): found for found in drawn}.values()]
@@ -68,7 +68,7 @@ class NSGA2:
             born = [Individual(*pair) for pair in run.once(stage, scored)]
             if not born:
                 break  # the space is exhausted
-            everyone |= {dumps(individual.architecture): individual for individual in born}
+            everyone.update((dumps(individual.architecture), individual) for individual in born)
             living = survivors([*living, *born], self.population)
             run.event("generation", search=name, born=len(born), living=[list(i.objectives) for i in living])
             run.progress(f"evolution ({name})", generation, self.iterations, f"{len(everyone)} networks scored")

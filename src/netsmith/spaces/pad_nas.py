@@ -1,4 +1,4 @@
-"""PAD-NAS's two spaces (Xia et al. 2020, "Progressive Automatic Design of Search Space for One-Shot NAS", arXiv:2005.07564).
+"""PAD-NAS's two spaces (Xia et al. 2020, arXiv:2005.07564): 22 inverted bottlenecks, each of 7 kinds or of 19.
 
 The large one is the paper's point: searched as it is, its networks were worse than the basic one's; shrunk, better.
 """
