@@ -116,6 +116,8 @@ def test_what_survives_is_inherited_bit_for_bit():
     assert any(name.endswith("running_var") for name in own)
 
 
+TINY = {"population": 4, "iterations": 1}
+
 # The search -------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +195,7 @@ def test_budgets_of_several_metrics_and_peak_memory(tmp_path):
     problem = problem_of(task=stripes(64))
     dearest = problem.latency.of(problem.reference)
     problem.budgets = [[Budget("latency", 0.5 * dearest, "ms"), Budget("peak_memory", 6000, "B")]]
-    outcome = search("pad_nas", tmp_path / "run", problem=problem, stages=3, evolution={"population": 4, "iterations": 1})
+    outcome = search("pad_nas", tmp_path / "run", problem=problem, stages=3, evolution=TINY)
     assert usage(problem, outcome.architectures[0], problem.budgets[0]) <= 1 + 1e-9
 
 

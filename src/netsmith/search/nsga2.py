@@ -34,8 +34,8 @@ class NSGA2:
 
     population: Annotated[int, Field(ge=2)] = 64
     """Individuals alive."""
-    iterations: NonNegativeInt = 10
-    """Generations after the first."""
+    iterations: NonNegativeInt = 5
+    """Generations after the first (PAD-NAS: up to 40). Scoring soon takes longer than training: 5 is ours."""
     crossover: Annotated[float, Field(ge=0, le=1)] = 0.9
     """Probability that a child has two parents; it takes after the second between two points of the decisions."""
     mutations: NonNegativeFloat = 1.0
