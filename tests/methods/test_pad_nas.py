@@ -122,7 +122,7 @@ TINY = {"population": 4, "iterations": 1}
 
 
 def individuals(folder: Path, stage: int) -> list[dict]:
-    files = folder.glob(f"stages/stage{stage}-evolution-*.json")
+    files = folder.glob(f"stages/pad_nas-stage{stage}-evolution-*.json")
     return [architecture for file in files for architecture, _ in json.loads(file.read_text())["value"]]
 
 
@@ -139,11 +139,11 @@ def test_sets_only_shrink_and_nobody_is_outside_of_window_or_set(tmp_path):
             check(macro(), architecture)
             assert all(option in sets[path] for path, option in architecture.items())
             assert 0.85 * tightest <= problem.latency.of(architecture) <= loosest * (1 + 1e-9)
-        gone = [e for e in events if e["kind"] == "removed" and e["search"] == f"stage{stage}"]
+        gone = [e for e in events if e["kind"] == "removed" and e["search"] == f"pad_nas-stage{stage}"]
         assert bool(gone) == (stage < 3)
         for event in gone:
             sets[event["path"]] = [option for option in sets[event["path"]] if option != event["option"]]
-        epochs = [e for e in events if e["kind"] == "search_epoch" and e["search"] == f"stage{stage + 1}"]
+        epochs = [e for e in events if e["kind"] == "search_epoch" and e["search"] == f"pad_nas-stage{stage + 1}"]
         for path, row in (epochs[0]["probabilities"] if epochs else {}).items():
             assert [str(option) for option in sets[path]] == list(row)
             assert sum(row.values()) == pytest.approx(1)
@@ -160,7 +160,7 @@ def test_a_stage_starts_where_the_last_one_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(pad_nas, "learn", noting)
     search("pad_nas", tmp_path / "run", problem=problem_of(shares=(0.5,), task=stripes(64)))
     for stage in (2, 3):
-        ended = load_state(tmp_path / "run" / "checkpoints" / f"stage{stage - 1}.pt")["searcher"]["supernet"]
+        ended = load_state(tmp_path / "run" / "checkpoints" / f"pad_nas-stage{stage - 1}.pt")["searcher"]["supernet"]
         own = [name for name in starts[stage - 1] if not name.endswith("logits")]
         assert all(torch.equal(starts[stage - 1][name], ended[name]) for name in own)
         assert len(starts[stage - 1]) < len(starts[stage - 2])
@@ -169,14 +169,15 @@ def test_a_stage_starts_where_the_last_one_ended(tmp_path, monkeypatch):
 def test_two_stages_are_plain_one_shot_search(tmp_path):
     problem = problem_of(shares=(0.5,), task=stripes(64))
     outcome = search("pad_nas", tmp_path / "run", problem=problem, stages=2)
-    assert list(outcome.tensors) == ["stage1.pt"]
+    assert list(outcome.tensors) == ["pad_nas-stage1.pt"]
     assert not [event for event in read_events(tmp_path / "run") if event["kind"] == "removed"]
     scored = individuals(tmp_path / "run", 1)
     method = PADNAS(steps=Steps(**OPTIONS["pad_nas"]["steps"]), stages=2)
     with new_run(tmp_path / "plain") as run:
         chosen = {"body": outcome.architectures[0]["body"]}
-        plain = learn(problem, run, "stage1", lambda: SinglePath(problem, [chosen]), method.schedule(1))
-    assert all(torch.equal(t, plain.supernet.state_dict()[name]) for name, t in outcome.tensors["stage1.pt"].items())
+        plain = learn(problem, run, "pad_nas-stage1", lambda: SinglePath(problem, [chosen]), method.schedule(1))
+    trained = plain.supernet.state_dict()
+    assert all(torch.equal(t, trained[name]) for name, t in outcome.tensors["pad_nas-stage1.pt"].items())
     assert outcome.architectures[0] in scored
 
 
