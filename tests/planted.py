@@ -149,6 +149,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "proxylessnas": {"steps": BRISK, "finals": {"samples": 2, "epochs": [1]}},
     "darts": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}},
     "rarts": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}},
+    "pad_nas": {
+        "steps": BRISK,
+        "finals": {"samples": 2, "epochs": [1]},
+        "evolution": {"population": 8, "iterations": 2},
+        "evidence": 0.0,
+        "calibration": 2,
+    },
     "darts+second": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}, "order": "second"},
     "proxylessnas+binary": {"steps": BRISK, "finals": {"samples": 2, "epochs": [1]}, "gradient": "binary"},
     "proxylessnas+reinforce": {"steps": BRISK, "finals": {"samples": 2, "epochs": [1]}, "gradient": "reinforce"},

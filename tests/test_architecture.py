@@ -61,6 +61,30 @@ def test_mutation_reaches_everything(nested):
     assert len(seen) == 48
 
 
+def test_a_child_takes_every_decision_from_a_parent_that_has_it(nested):
+    model, generator = nested(), rng()
+    mixed = 0
+    for _ in range(500):
+        first, second = arch.sample(model, generator), arch.sample(model, generator)
+        child = arch.crossover(model, first, second, generator)
+        arch.check(model, child)
+        for path, option in child.items():
+            known = {parent[path] for parent in (first, second) if path in parent}
+            assert option in (known or arch.outline(model).options[path])
+        mixed += child not in (first, second)
+    assert mixed > 50
+    a = arch.sample(model, generator)
+    assert arch.crossover(model, a, a, generator) == a
+
+
+def test_a_child_differs_between_two_points_only():
+    model, generator = nn.Sequential(*(OneOf({"a": nn.Identity(), "b": nn.Identity()}) for _ in range(6))), rng()
+    first, second = ({str(i): option for i in range(6)} for option in "ab")
+    spans = Counter("".join(arch.crossover(model, first, second, generator).values()) for _ in range(2000))
+    assert all("a" not in text.strip("a") for text in spans)
+    assert len(spans) == 1 + 6 * 7 // 2  # nothing, or one stretch of b
+
+
 def test_nothing_to_mutate_returns_the_same():
     model = nn.Sequential(OneOf({"only": nn.Identity()}))
     assert arch.mutate(model, {"0": "only"}, rng()) == {"0": "only"}
@@ -134,6 +158,9 @@ def test_rules_bound_what_is_enumerated_sampled_and_reached_by_mutation(span):
         else:
             with pytest.raises(UserError, match=rf"are not 'none': {working(a)} are not"):
                 arch.check(model, a)
+    for _ in range(200):
+        child = arch.crossover(model, *(legal[int(i)] for i in torch.randint(len(legal), (2,))), generator)
+        assert child in legal
     a, seen = arch.sample(model, generator), set()
     for _ in range(60 * len(legal)):
         b = arch.mutate(model, a, generator)

@@ -116,6 +116,29 @@ def mutate(space: nn.Module | Outline, architecture: Mapping[str, Option], gener
     return dict(architecture)
 
 
+def crossover(
+    space: nn.Module | Outline, first: Mapping[str, Option], second: Mapping[str, Option], generator: torch.Generator
+) -> Architecture:
+    """A child that decides as ``first`` but, between two random points of the list of decisions, as ``second``.
+
+    Where that parent has no such decision the other is asked, and where neither has, the option is drawn. A rule that
+    the mixture breaks is taken from ``first`` as a whole.
+    """
+    lines = outline(space)
+    paths = list(lines.options)
+    start, stop = sorted(torch.randint(len(paths) + 1, (2,), generator=generator).tolist())
+    swapped = set(paths[start:stop])
+    for rule in lines.rules:
+        if not rule.holds({path: (second if path in swapped else first)[path] for path in rule.paths}):
+            swapped -= set(rule.paths)
+
+    def choose(path: str, options: list[Option]) -> Option:
+        asked = (second, first) if path in swapped else (first, second)
+        return next((parent[path] for parent in asked if path in parent), None) or pick(options, generator)
+
+    return assemble(lines, choose)
+
+
 def _completed(lines: Outline, decided: Architecture, generator: torch.Generator) -> Architecture:
     return assemble(lines, lambda path, options: decided[path] if path in decided else pick(options, generator))
 

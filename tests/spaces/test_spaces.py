@@ -14,7 +14,7 @@ from netsmith.decisions import Decision, decisions, derive, logits
 from netsmith.errors import UserError
 from netsmith.spaces import SPACES, open_space
 
-RESOLUTIONS = {"fbnet": 224, "prunet": 224, "single_path": 224, "proxylessnas": 224, "repvgg": 224}
+RESOLUTIONS = {"fbnet": 224, "prunet": 224, "single_path": 224, "proxylessnas": 224, "pad_nas": 224, "repvgg": 224}
 """Pixels each is made for; 32 where nothing is said."""
 
 every = pytest.mark.parametrize("name", SPACES)
@@ -121,7 +121,7 @@ def test_unknown_names_and_options():
 
 @pytest.mark.parametrize(
     ("name", "resolution"),
-    [("fbnet", 32), ("prunet", 96), ("single_path", 32), ("proxylessnas", 32), ("repvgg", 32)],
+    [("fbnet", 32), ("prunet", 96), ("single_path", 32), ("proxylessnas", 32), ("pad_nas", 32), ("repvgg", 32)],
 )
 def test_imagenet_strides_refuse_small_images(name, resolution):
     # AnnaAraslanova/FBNet ran ImageNet strides on 32 px: 1x1 maps, hence many skips and some 80 % on CIFAR.

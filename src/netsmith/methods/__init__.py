@@ -18,6 +18,7 @@ METHODS = {
     "proxylessnas": "netsmith.methods.proxylessnas:ProxylessNAS",
     "darts": "netsmith.methods.darts:DARTS",
     "rarts": "netsmith.methods.rarts:RARTS",
+    "pad_nas": "netsmith.methods.pad_nas:PADNAS",
 }
 """Name -> where its dataclass is; the fields are the method's options."""
 

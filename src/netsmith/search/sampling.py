@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from netsmith.architecture import mutate, sample
+from netsmith.architecture import Outline, mutate, sample
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options
 from netsmith.decisions import Architecture, Option
@@ -27,9 +27,15 @@ def usage(problem: Problem, architecture: Mapping[str, Option], budgets: Sequenc
 
 
 def at_budget(
-    problem: Problem, budgets: Sequence[Budget], generator: torch.Generator, *, least: float = 0.97
+    problem: Problem,
+    budgets: Sequence[Budget],
+    generator: torch.Generator,
+    *,
+    least: float = 0.97,
+    space: Outline | None = None,
 ) -> Architecture:
-    """A random network whose predicted cost is ``least`` to 1 times the limit.
+    """A random network whose predicted cost is ``least`` to 1 times the limit, of ``space`` where the problem's own has
+    been cut down.
 
     Drawn uniformly; where it misses the window, random single mutations that bring it closer are accepted until it is
     in. The walk keeps most of the random network, where rejection would need thousands of draws for a small budget.
@@ -38,7 +44,7 @@ def at_budget(
 
     Raises: Infeasible, naming the smallest reachable cost.
     """
-    space = problem.outline
+    space = space or problem.outline
     least = least if problem.limits(budgets) else 0.0
     nearest: tuple[float, Architecture] | None = None
     for _ in range(20):
@@ -52,7 +58,11 @@ def at_budget(
                 architecture, distance = other, there
         if usage(problem, architecture, budgets) <= 1 and (nearest is None or distance < nearest[0]):
             nearest = distance, architecture
-    return nearest[1] if nearest else problem.allocate(flat(problem), budgets)
+    if nearest:
+        return nearest[1]
+    values = flat(problem)
+    left = {path: {option: values[path][option] for option in options} for path, options in space.options.items()}
+    return problem.allocate(left, budgets)
 
 
 def _distance(share: float, least: float) -> float:

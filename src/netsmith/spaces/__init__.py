@@ -18,6 +18,7 @@ SPACES = {
     "prunet": "netsmith.spaces.prunet:prunet",
     "fbnet_small": "netsmith.spaces.small:fbnet_small",
     "single_path": "netsmith.spaces.single_path:single_path",
+    "pad_nas": "netsmith.spaces.pad_nas:pad_nas",
     "prunet_small": "netsmith.spaces.small:prunet_small",
     "proxylessnas": "netsmith.spaces.proxylessnas:proxylessnas",
     "nasbench201": "netsmith.spaces.nasbench201:nasbench201",
