@@ -119,7 +119,7 @@ def _walk(
         return
     if isinstance(module, nn.ModuleList | nn.ModuleDict):  # runs piece by piece: so are `Places`, and rows of cells
         for name, child in module.named_children():
-            yield from _walk(f"{path}.{name}".lstrip("."), child, owner)
+            yield from _walk(f"{path}.{name}".lstrip("."), child, owner, trained)
         return
     owned = {name: child for name, child in module.named_children() if isinstance(child, Width)}
     if owned:
