@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from netsmith.cost.budget import parse_budgets
 from netsmith.cost.device import Device, TorchCuda, parse_device
 from netsmith.errors import UserError, unknown
-from netsmith.methods import METHODS, make_method, method_class
+from netsmith.methods import METHODS, check_searchable, make_method, method_class
 from netsmith.options import RECORDED, SearchOptions, checked
 from netsmith.run import Run
 from netsmith.spaces import SPACES, open_space, space_defaults
@@ -102,6 +102,8 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
         b.metric == "branches" for b in parse_budgets(options.budget)[0]
     ):
         raise UserError(f"a budget on branches was given, but the space {space!r} has none; repvgg_small and repvgg do")
+    for method in (options.method, *options.baselines):
+        check_searchable(method, opened, space)
     problem = {
         "task": task_name,
         **({"images": task.fingerprint} if task.fingerprint else {}),
@@ -135,6 +137,8 @@ def offered_widths(space: str, device: Device | None) -> dict[str, int]:
 
 def default_space(method: str, resolution: int) -> str:
     """The space that suits the size of the images (pixels) and the method."""
+    if method == "repnas":
+        return "repvgg_small" if resolution <= SMALL else "repvgg"
     if resolution <= SMALL:
         return "fbnet_small" if method == "fbnet" else "prunet_small"
     return "fbnet" if method == "fbnet" or resolution < PRUNET_LEAST else "prunet"
