@@ -4,12 +4,12 @@
     python benchmarks/repnas.py accuracy --seeds 0,1,2         # hours; results/repnas.jsonl, goes on after a kill
     python benchmarks/repnas.py summary                        # the table of what is there
 
-`latency`: `repvgg_small` at 32 px under several masks, each as the file that ships and as a file of its branches (whose
-batch norms ONNX Runtime folds, each into its own convolution), all timed in turn on one thread.
+`latency`: `repvgg_small` at 32 px under several masks, each as the file that ships and with its branches left as they
+are (ONNX Runtime folds batch norms where it can), all timed in turn on one thread.
 
-`accuracy`: every line is one network of the CIFAR-10 pack, trained by one recipe on `trainval` and scored once on `test`.
-RepNAS (`searched`), random masks and the mask that computes most (`capacity`) have the same number of branches; `all`
-and `plain` (the kxk alone) are the ends. Where the shape stays an identity is there in all of them.
+`accuracy`: every line is one network for the CIFAR-10 pack, trained by one recipe on `trainval` and scored once on
+`test`. RepNAS (`searched`), random masks and the mask that computes most (`capacity`) have the same number of branches;
+`all` and `plain` (the kxk alone) are the ends. Where the shape stays an identity is there in all of them.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def latency() -> None:
             with torch.no_grad():
                 differences[name] = (network(images) - branched(images)).abs().max().item()
             counts[name] = BranchCount()(network, SHAPE)
-            for kind, module in (("folded", network), ("branched", branched)):
-                calls[f"{name} {kind}"] = device.load(export(module, SHAPE, Path(folder, "model.onnx")), SHAPE)
+            calls[f"{name} folded"] = device.load(export(network, SHAPE, Path(folder, "model.onnx")), SHAPE)
+            calls[f"{name} branched"] = device.load(branched, SHAPE)
         timed = measure(calls, seconds=30.0)
     rows = [
         {
