@@ -41,7 +41,7 @@ from netsmith.run import Run
 from netsmith.search.problem import Problem
 from netsmith.search.promise import with_shifts
 from netsmith.search.sampling import at_budget, capacity
-from netsmith.ship.export import export
+from netsmith.ship.export import export, fold
 from netsmith.spaces import open_space
 from netsmith.tasks import open_task
 from netsmith.train.loop import evaluate, train
@@ -89,7 +89,7 @@ def latency() -> None:
             branched = unfolded(network)
             images = torch.randn(1, *SHAPE)
             with torch.no_grad():
-                differences[name] = (network(images) - branched(images)).abs().max().item()
+                differences[name] = (fold(network)(images) - branched(images)).abs().max().item()
             counts[name] = BranchCount()(network, SHAPE)
             calls[f"{name} folded"] = device.load(export(network, SHAPE, Path(folder, "model.onnx")), SHAPE)
             calls[f"{name} branched"] = device.load(branched, SHAPE)
