@@ -84,6 +84,7 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     import torch
 
     from netsmith.cost.counts import BranchCount
+    from netsmith.decisions import decisions
 
     task_name = options.task
     if task_name.startswith("folder:"):  # a run can be continued from anywhere
@@ -98,10 +99,16 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     space_options = {**offered_widths(space, device), **options.space_options, **shape}
     with torch.device("meta"):  # wrong options should not leave a folder behind
         opened = open_space(space, **space_options)
-    if not BranchCount()(opened, task.input_shape) and any(
-        b.metric == "branches" for b in parse_budgets(options.budget)[0]
-    ):
+    branches = BranchCount()(opened, task.input_shape)
+    budgets = [budget for point in parse_budgets(options.budget) for budget in point]
+    if not branches and any(b.metric == "branches" for b in budgets):
         raise UserError(f"a budget on branches was given, but the space {space!r} has none; repvgg_small and repvgg do")
+    below = [b for b in budgets if b.relative and b.limit < 1 and b.metric != "branches"]
+    if below and branches == len(decisions(opened)) > 0:
+        raise UserError(
+            f"{below[0]} cannot be kept: all networks of the space {space!r} fold to the same file; "
+            "a budget on branches can, such as branches<=0.34x"
+        )
     for method in (options.method, *options.baselines):
         check_searchable(method, opened, space)
     problem = {

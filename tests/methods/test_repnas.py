@@ -264,6 +264,12 @@ def test_a_space_of_branches_and_blocks_is_refused():
     check_searchable("fbnet", mixed, "mine")
 
 
+def test_less_than_everything_that_folds_away_is_no_budget():
+    with pytest.raises(UserError, match=r"latency<=0.5x cannot be kept: .* 'repvgg_small' fold to the same file"):
+        asked(SearchOptions(method="repnas"))
+    assert asked(SearchOptions(method="repnas", budget=("branches<=0.34x", "latency<=1x")))["space"] == "repvgg_small"
+
+
 def test_one_step_teaches_both():
     with pytest.raises(UserError, match=r"steps.rhythm is 1; allowed: 0"):
         make_method("repnas", {"steps": {"rhythm": 1}})
