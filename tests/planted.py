@@ -2,7 +2,7 @@
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 
 from netsmith.architecture import dumps, loads
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
+from netsmith.blocks.reparam import Branches, ConvBranch
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options, Prices, tabulate
 from netsmith.decisions import OneOf, Width
@@ -94,6 +95,34 @@ def one_works(good_kernel: int) -> nn.Module:
     return nn.Sequential(OrderedDict(stem=ConvBn(1, 8, 3), stage1_0=layer(), stage1_1=layer(), head=Head(8, 16, 3)))
 
 
+def branched() -> nn.Module:
+    """Layers with open branches: two that need one, two with an identity, 24 branches in all."""
+    layers = [Branches(1, 8), Branches(8, 8), Branches(8, 12, stride=2), Branches(12, 12)]
+    return nn.Sequential(OrderedDict({f"layer{i}": layer for i, layer in enumerate(layers)}, head=Head(12, 16, 3)))
+
+
+class MisledBranch(ConvBranch):
+    """A branch that looks at its neighbour in the batch, and cannot learn."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.roll(1, 0))
+
+
+def some_branches_work(good: Collection[str]) -> nn.Module:
+    """Two layers that need a branch; of their four those in ``good`` can learn, and the others are `MisledBranch`."""
+    kernels = {"1x1": (1, 1), "kxk": (3, 3), "1xk": (1, 3), "kx1": (3, 1)}
+
+    def layer(inputs: int, outputs: int) -> Branches:
+        made = Branches(inputs, outputs, kinds=tuple(kernels))
+        for kind in kernels.keys() - good:
+            misled = MisledBranch(inputs, outputs, kernels[kind], stride=1, groups=1, eps=1e-5)
+            made.get_submodule(kind).add_module("on", misled)
+        return made
+
+    layers = OrderedDict(stem=ConvBn(1, 8, 3), first=layer(8, 10), second=layer(10, 12), head=Head(12, 16, 3))
+    return nn.Sequential(layers)
+
+
 def milliseconds(macs: Prices) -> Prices:
     """A device that does a MAC a nanosecond and needs 3 µs a network."""
     return replace(macs.map(1e-6, 3e-3), unit="ms")
@@ -132,6 +161,20 @@ def problem_of(
     return problem
 
 
+BRANCHED = ("repnas",)
+"""Methods that search branches and nothing else."""
+
+
+def toy_for(method: str, shares: Sequence[float] = (0.3, 0.6), **given: Any) -> Problem:
+    """The problem of a front that a method can search: budgets are shares of the largest network's latency, or of its
+    branches."""
+    if method not in BRANCHED:
+        return problem_of(shares=shares, **given)
+    problem = problem_of(branched, **given)
+    problem.budgets = [[Budget("branches", share * len(problem.outline.options), "")] for share in shares]
+    return problem
+
+
 BRISK = {"epochs": 4, "warmup_epochs": 1, "batch_size": 16, "architecture_rate": 0.3}
 OPTIONS: dict[str, dict[str, Any]] = {
     "best_of": {"candidates": 3, "epochs": 1},
@@ -156,6 +199,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "evidence": 0.0,
         "calibration": 2,
     },
+    "repnas": {"steps": BRISK},
     "darts+second": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}, "order": "second"},
     "proxylessnas+binary": {"steps": BRISK, "finals": {"samples": 2, "epochs": [1]}, "gradient": "binary"},
     "proxylessnas+reinforce": {"steps": BRISK, "finals": {"samples": 2, "epochs": [1]}, "gradient": "reinforce"},
@@ -187,7 +231,7 @@ class Outcome:
 
 def search(method: str, path: Path, seed: int = 0, problem: Problem | None = None, **options: Any) -> Outcome:
     """Search in a new folder, or go on in one that was left."""
-    problem = problem or problem_of(task=stripes(64))
+    problem = problem or toy_for(method, task=stripes(64))
     with new_run(path, seed) as run:
         values = make_method(method.split("+")[0], {**OPTIONS.get(method, {}), **options}).search(problem, run)
     architectures = [problem.allocate(v, b) for v, b in zip(values, problem.budgets, strict=True)]
@@ -198,7 +242,8 @@ def search(method: str, path: Path, seed: int = 0, problem: Problem | None = Non
 def search_one_budget(method: str, path: Path) -> Outcome:
     """A search to be killed: module level, so that a process can be started on it."""
     torch.set_num_threads(1)
-    return search(method, path, problem=problem_of(shares=(0.08,), task=stripes(64)))
+    share = 0.25 if method in BRANCHED else 0.08
+    return search(method, path, problem=toy_for(method, (share,), task=stripes(64)))
 
 
 def new_run(path: Path, seed: int = 0) -> Run:

@@ -391,6 +391,7 @@ def _untrained_reference(job: Job) -> dict:
             "macs": cost["macs"],
             "peak_memory_bytes": cost["peak_memory"],
             "file_bytes": cost["file"],
+            "branches": cost["branches"],
             "latency_ms": {"predicted": predicted, "median": measured, "ci95": None, "settled": None},
         },
         "seconds": {"train": 0.0, "ship": 0.0},

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from netsmith.cost.budget import parse_budgets
 from netsmith.cost.device import Device, TorchCuda, parse_device
 from netsmith.errors import UserError, unknown
-from netsmith.methods import METHODS, make_method, method_class
+from netsmith.methods import METHODS, check_searchable, make_method, method_class
 from netsmith.options import RECORDED, CompareOptions, SearchOptions, checked
 from netsmith.run import Run
 from netsmith.spaces import SPACES, open_space, space_defaults
@@ -87,6 +87,7 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     import torch
 
     from netsmith.cost.counts import BranchCount
+    from netsmith.decisions import decisions
 
     task_name = options.task
     if task_name.startswith("folder:"):  # a run can be continued from anywhere
@@ -101,10 +102,18 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     space_options = {**offered_widths(space, device), **options.space_options, **shape}
     with torch.device("meta"):  # wrong options should not leave a folder behind
         opened = open_space(space, **space_options)
-    if not BranchCount()(opened, task.input_shape) and any(
-        b.metric == "branches" for b in parse_budgets(options.budget)[0]
-    ):
+    branches = BranchCount()(opened, task.input_shape)
+    budgets = [budget for point in parse_budgets(options.budget) for budget in point]
+    if not branches and any(b.metric == "branches" for b in budgets):
         raise UserError(f"a budget on branches was given, but the space {space!r} has none; repvgg_small and repvgg do")
+    below = [b for b in budgets if b.relative and b.limit < 1 and b.metric != "branches"]
+    if below and branches == len(decisions(opened)) > 0:
+        raise UserError(
+            f"{below[0]} cannot be kept: all networks of the space {space!r} fold to the same file; "
+            "a budget on branches can, such as branches<=0.34x"
+        )
+    for method in (options.method, *options.baselines):
+        check_searchable(method, opened, space)
     problem = {
         "task": task_name,
         **({"images": task.fingerprint} if task.fingerprint else {}),
@@ -138,6 +147,8 @@ def offered_widths(space: str, device: Device | None) -> dict[str, int]:
 
 def default_space(method: str, resolution: int) -> str:
     """The space that suits the size of the images (pixels) and the method."""
+    if method == "repnas":
+        return "repvgg_small" if resolution <= SMALL else "repvgg"
     if resolution <= SMALL:
         return "fbnet_small" if method == "fbnet" else "prunet_small"
     return "fbnet" if method == "fbnet" or resolution < PRUNET_LEAST else "prunet"

@@ -3,6 +3,7 @@
 import copy
 import multiprocessing
 import random
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,15 +13,30 @@ from pathlib import Path
 import planted
 import pytest
 import torch
-from planted import BRIEF, Outcome, macro, new_run, one_works, problem_of, search, search_one_budget, stripes
+from planted import (
+    BRANCHED,
+    BRIEF,
+    Outcome,
+    new_run,
+    one_works,
+    problem_of,
+    search,
+    search_one_budget,
+    some_branches_work,
+    stripes,
+    toy_for,
+)
 
 from netsmith import run as run_module
-from netsmith.architecture import check, dumps, enumerate_architectures
+from netsmith.architecture import check, dumps
+from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Prices
 from netsmith.decisions import decisions
 from netsmith.methods import METHODS
 from netsmith.run import Run, read_events
 from netsmith.search import differentiable
+from netsmith.search.problem import Problem
+from netsmith.search.sampling import at_budget
 from netsmith.tasks.classification import TestSplitTouched
 from netsmith.train.loop import evaluate, train
 
@@ -45,11 +61,11 @@ def undisturbed(tmp_path_factory):
 
 @EVERY
 def test_legal_networks_within_every_budget(method, undisturbed):
-    problem, outcome = problem_of(), undisturbed(method)
+    problem, outcome = toy_for(method), undisturbed(method)
     assert len(outcome.architectures) == len(problem.budgets) == 2
     for architecture, (budget,) in zip(outcome.architectures, problem.budgets, strict=True):
-        check(macro(), architecture)
-        assert problem.latency.of(architecture) <= budget.limit
+        check(problem.outline, architecture)
+        assert problem.predicted(budget, architecture) <= budget.limit
         assert problem.network(architecture)(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
     for values in outcome.values:
         assert {path: set(row) for path, row in values.items()} == {
@@ -65,18 +81,18 @@ def test_same_seed_same_result_whatever_the_global_generator(method, undisturbed
 
 @EVERY
 def test_another_seed_is_another_valid_search(method, undisturbed, tmp_path):
-    problem = problem_of(task=stripes(64))
+    problem = toy_for(method, task=stripes(64))
     other = search(method, tmp_path / "other", seed=1, problem=problem)
     for architecture, (budget,) in zip(other.architectures, problem.budgets, strict=True):
-        check(macro(), architecture)
-        assert problem.latency.of(architecture) <= budget.limit
+        check(problem.outline, architecture)
+        assert problem.predicted(budget, architecture) <= budget.limit
     if method != "capacity":  # which knows nothing random
         assert other.values != undisturbed(method).values
 
 
 @EVERY
 def test_what_comes_in_stays_as_it_was(method, tmp_path):
-    problem = problem_of(shares=(0.5,), task=stripes(64))
+    problem = toy_for(method, (0.5,), task=stripes(64))
     latency, budgets = copy.deepcopy(problem.latency), copy.deepcopy(problem.budgets)
     splits = {name: (split.source.clone(), split.labels.clone()) for name, split in problem.task.splits.items()}
     weights = problem.build().state_dict()
@@ -88,7 +104,7 @@ def test_what_comes_in_stays_as_it_was(method, tmp_path):
         assert torch.equal(problem.task.splits[name].labels, labels)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in problem.build().state_dict().items())
     with torch.device("meta"):
-        options = {path: decision.options for path, decision in decisions(macro()).items()}
+        options = {path: decision.options for path, decision in decisions(problem.build()).items()}
     assert {path: decision.options for path, decision in decisions(problem.shapes).items()} == options
 
 
@@ -102,7 +118,7 @@ def stays_blind(method, problem, run) -> None:
 
 @EVERY
 def test_the_test_split_is_never_touched(method, tmp_path):
-    problem = problem_of(shares=(0.5,), task=stripes(64))
+    problem = toy_for(method, (0.5,), task=stripes(64))
     search(method, tmp_path / "run", problem=problem)
     assert "test" not in problem.task.touched
     assert bool(problem.task.touched) == (method not in ("random", "capacity"))
@@ -225,38 +241,47 @@ def test_kill_9_at_twenty_random_moments(method, tmp_path, monkeypatch):
 
 # What it is for ---------------------------------------------------------------------------------------------------
 
-WORKING = {"stage1_0": "works", "stage1_1": "works"}
 
-
-def planted_problem(good_kernel: int):
-    """One block works, one cannot learn; all four networks are within 2 % of the budget, the working one is the
-    cheapest or the dearest."""
+def planted_problem(good_kernel: int, method: str = "") -> tuple[Problem, dict]:
+    """Two layers of which a part works and the rest cannot learn, and what works: of two blocks each one, the cheapest
+    or dearest of four networks that are within 2 % of the budget; or of eight branches the four that are allowed."""
+    if method in BRANCHED:
+        good = ("1x1", "1xk") if good_kernel == 3 else ("kxk", "kx1")
+        problem = problem_of(lambda: some_branches_work(good), task=stripes(96))
+        problem.budgets = [[Budget("branches", 4.0, "")]]
+        paths = problem.outline.options
+        return problem, {path: "on" if path.endswith(good) else "off" for path in paths}
     works, misled = (1.01, 0.99) if good_kernel == 5 else (0.99, 1.01)
-    prices = Prices(0.1, {path: {"works": works, "misled": misled} for path in WORKING}, "ms")
-
-    def build():
-        return one_works(good_kernel)
-
-    return problem_of(build, shares=(1.0,), task=stripes(96), prices=prices)
+    working = {"stage1_0": "works", "stage1_1": "works"}
+    prices = Prices(0.1, {path: {"works": works, "misled": misled} for path in working}, "ms")
+    return problem_of(lambda: one_works(good_kernel), shares=(1.0,), task=stripes(96), prices=prices), working
 
 
 @TRAINING
 @pytest.mark.parametrize("good_kernel", [3, 5], ids=["cheap", "dear"])
-def test_finds_the_block_that_works(method, good_kernel, tmp_path):
+def test_finds_what_works(method, good_kernel, tmp_path):
     steps = {"epochs": 8, "warmup_epochs": 2, "batch_size": 16, "architecture_rate": 0.05}
-    options = {"best_of": {"candidates": 12, "epochs": 4}}.get(method, {"steps": steps, "finals": {"epochs": [4]}})
-    found = search(method, tmp_path / "run", problem=planted_problem(good_kernel), **options)
-    assert found.architectures == [WORKING]
+    options = {
+        "best_of": {"candidates": 12, "epochs": 4},
+        "repnas": {"steps": {**steps, "epochs": 24, "architecture_rate": 0.03}},  # half of the branches learn in a step
+    }.get(method, {"steps": steps, "finals": {"epochs": [4]}})
+    problem, working = planted_problem(good_kernel, method)
+    found = search(method, tmp_path / "run", problem=problem, **options)
+    assert found.architectures == [working]
 
 
-def test_a_random_network_seldom_works():
+@pytest.mark.parametrize("method", ["", "repnas"])
+def test_a_random_network_seldom_works(method):
     # What the test above is worth: the network that works is far better than the mean of what random search returns.
-    problem = planted_problem(3)
-    accuracy = {}
-    for architecture in enumerate_architectures(one_works(3)):
+    problem, working = planted_problem(3, method)
+
+    def accuracy(architecture) -> float:
         network = problem.network(architecture)
         train(network, problem.task, replace(BRIEF, epochs=8), split="train", seed=0)
-        accuracy[dumps(architecture)] = evaluate(network, problem.task, "search")
-    best = accuracy.pop(dumps(WORKING))
-    assert best > 0.9
-    assert max(accuracy.values()) < 0.6
+        return evaluate(network, problem.task, "search")
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = [at_budget(problem, problem.budgets[0], generator) for _ in range(6)]
+    others = {dumps(architecture): accuracy(architecture) for architecture in drawn if architecture != working}
+    assert accuracy(working) > 0.9
+    assert statistics.mean(others.values()) < 0.65

@@ -38,12 +38,15 @@ class Params:
 class Macs:
     """Multiply-accumulates of one image."""
 
+    trained: bool = False
+    """Of the network in training, before anything folds."""
+
     name = "macs"
     unit = ""
     counted = True
 
     def __call__(self, module: nn.Module, input_shape: Shape) -> float:
-        return count_macs(module, input_shape)
+        return count_macs(module, input_shape, trained=self.trained)
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,11 @@ def shipped(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, folded) if folded else module
 
 
-def count_macs(module: nn.Module, input_shape: Shape) -> float:
-    """Exact MACs of one image of ``input_shape``. Raises what the module's own forward raises on a wrong shape."""
-    counter, plain = FlopCounterMode(display=False), shipped(to_meta(module))
+def count_macs(module: nn.Module, input_shape: Shape, *, trained: bool = False) -> float:
+    """Exact MACs of one image of ``input_shape``, as shipped or with ``trained`` before anything folds. Raises what the
+    module's own forward raises on a wrong shape."""
+    counter, plain = FlopCounterMode(display=False), to_meta(module)
+    plain = plain if trained else shipped(plain)
     with counter:
         run_shapes(plain, image(module, input_shape))
     flops = counter.get_total_flops()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from netsmith.errors import unknown
+from netsmith.errors import UserError, unknown
 from netsmith.options import checked
+
+if TYPE_CHECKING:
+    from torch import nn
 
 METHODS = {
     "random": "netsmith.methods.random:Random",
@@ -19,6 +22,7 @@ METHODS = {
     "darts": "netsmith.methods.darts:DARTS",
     "rarts": "netsmith.methods.rarts:RARTS",
     "pad_nas": "netsmith.methods.pad_nas:PADNAS",
+    "repnas": "netsmith.methods.repnas:RepNAS",
 }
 """Name -> where its dataclass is; the fields are the method's options."""
 
@@ -40,3 +44,23 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Any:
     2.0
     """
     return checked(method_class(name), dict(options or {}), "method_options")
+
+
+def check_searchable(name: str, space: nn.Module, space_name: str) -> None:
+    """Raises: UserError for a decision that the method cannot search: which, why, and the methods that can.
+
+    A method that searches only some says so in ``refuses(decision)``: why not, or None.
+    """
+    if refused := _refused(name, space):
+        others = [other for other in METHODS if not _refused(other, space)]
+        raise UserError(
+            f"{name} cannot search the space {space_name!r}: {refused}; methods that can: {', '.join(others)}"
+        )
+
+
+def _refused(name: str, space: nn.Module) -> str | None:
+    from netsmith.decisions import decisions
+
+    refuses = getattr(method_class(name), "refuses", lambda decision: None)
+    found = ((path, refuses(decision)) for path, decision in decisions(space).items())
+    return next((f"its decision {path!r} {why}" for path, why in found if why), None)

@@ -8,7 +8,16 @@ from typing import Any
 
 from netsmith.report.numbers import count, limit, milliseconds, number, quality, size
 
-COSTS = {"latency": milliseconds, "params": count, "macs": count, "file_bytes": size, "peak_memory_bytes": size}
+COSTS = {
+    "latency": milliseconds,
+    "params": count,
+    "macs": count,
+    "file_bytes": size,
+    "peak_memory_bytes": size,
+    "branches": count,
+}
+ON_DEMAND = ("peak_memory_bytes", "branches")
+"""Costs that are shown only where a budget asks for them."""
 NAMES = {"file": "file_bytes", "peak_memory": "peak_memory_bytes"}
 """Costs that a budget calls by another name."""
 
@@ -18,6 +27,7 @@ AS_GOOD = {
     "macs": "with as few MACs",
     "file": "with as small a file",
     "peak_memory": "with as little memory",
+    "branches": "with as few branches to train",
 }
 """What a network is that takes no more of a budget's metric than another."""
 

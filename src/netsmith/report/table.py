@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from netsmith.report.networks import COSTS, NAMES, Network, budgeted, cost, merged, networks, score
+from netsmith.report.networks import COSTS, NAMES, ON_DEMAND, Network, budgeted, cost, merged, networks, score
 from netsmith.report.numbers import DASH, interval, is_share, quality
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ TITLES = {
     "macs": "MACs",
     "file_bytes": "file",
     "peak_memory_bytes": "peak memory",
+    "branches": "branches",
 }
 
 
@@ -46,9 +47,9 @@ def rows(result: dict[str, Any]) -> list[Row]:
 
 
 def columns(results: list[dict[str, Any]]) -> list[str]:
-    """Which costs the table shows; peak memory only where a budget asked for it."""
+    """Which costs the table shows; peak memory and branches only where a budget asked for them."""
     limited = {NAMES.get(metric, metric) for result in results for metric in budgeted(result)}
-    return [name for name in COSTS if name != "peak_memory_bytes" or name in limited]
+    return [name for name in COSTS if name not in ON_DEMAND or name in limited]
 
 
 def arrange(listed: list[Network], costs: list[str]) -> list[Row]:

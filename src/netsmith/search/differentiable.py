@@ -71,6 +71,8 @@ class Searcher:
     does differently."""
 
     supernet: nn.Module
+    joint: bool = False
+    """Weights and logits learn from one loss on ``train``: `weight_step` makes both steps, `architecture_step` none."""
 
     def parameters(self) -> list[nn.Parameter]:
         """The architecture parameters that are trained now; none: there are no architecture steps."""
@@ -193,6 +195,11 @@ class Loop:
         )
 
     @property
+    def learning(self) -> bool:
+        """Whether the warm-up is over."""
+        return self.epoch >= self.steps.warmup_epochs
+
+    @property
     def rate(self) -> float:
         """Of the weights, in this epoch."""
         return 0.5 * self.steps.learning_rate * (1 + math.cos(math.pi * self.epoch / self.steps.epochs))
@@ -204,8 +211,7 @@ class Loop:
         entry = {"learning_rate": self.rate}
         self.generator.manual_seed(seed * 1009 + self.epoch)
         self.searcher.supernet.train()
-        learning = self.epoch >= self.steps.warmup_epochs
-        taught = learning and bool(self.searcher.parameters())
+        taught = self.learning and not self.searcher.joint and bool(self.searcher.parameters())
         losses: dict[str, list[float]] = {"train_loss": [], "search_loss": []}
         alternating = taught and self.steps.rhythm > 0
         search = self._endless("search", seed)
@@ -217,7 +223,7 @@ class Loop:
             losses["search_loss"] = self.architecture_epoch(seed)
         entry |= {name: statistics.fmean(values) for name, values in losses.items() if values}
         edits: list[dict] = []
-        if learning:
+        if self.learning:
             edits = self.searcher.sweep(self._progress(1.0), self.architecture)
             self._follow()
         self.epoch += 1

@@ -68,6 +68,13 @@ class Problem:
         return {"latency": self.latency, **counted}
 
     @cached_property
+    def work(self) -> Prices:
+        """MACs of every option in training: those that ship, and those of branches that fold away."""
+        if not any(hasattr(part, "folded") for part in self.shapes.modules()):
+            return self.prices["macs"]
+        return tabulate(self.shapes, Macs(trained=True), self.input_shape)
+
+    @cached_property
     def atoms(self) -> list[Atom]:
         return atoms(self.shapes, self.input_shape)
 
@@ -79,8 +86,13 @@ class Problem:
 
     @cached_property
     def reference(self) -> Architecture:
-        """The dearest network of the space; relative budgets are relative to it."""
-        return extreme(self.latency.options, self.parents, self.outline.rules, largest=True)
+        """The dearest network of the space; relative budgets are relative to it. What a device does not notice, the
+        branches that fold away, is in it as well."""
+        branches = self.prices["branches"].options
+        dearest = {
+            p: {o: ms + 1e-9 * branches[p][o] for o, ms in row.items()} for p, row in self.latency.options.items()
+        }
+        return extreme(dearest, self.parents, self.outline.rules, largest=True)
 
     def plain(self, architecture: Mapping[str, Option]) -> nn.Module:
         """The network of ``architecture`` without numbers: for counting."""

@@ -78,9 +78,9 @@ def capacity(problem: Problem) -> Options:
     """How much an option can do before anything is known: the logarithm of one plus its share of the MACs.
 
     log(1 + MACs / m), with m the mean price of an option in the space: doubling a small block is worth more than
-    doubling a large one, and a skip is worth nothing.
+    doubling a large one, and a skip is worth nothing. A branch that folds away counts with its MACs in training.
     """
-    macs = problem.prices["macs"].options
+    macs = problem.work.options
     prices = [price for row in macs.values() for price in row.values() if price > 0]
     unit = sum(prices) / len(prices) if prices else 1.0
     return {path: {o: math.log1p(price / unit) for o, price in row.items()} for path, row in macs.items()}

@@ -75,6 +75,7 @@ class Verdict:
                 "macs": self.costs["macs"],
                 "peak_memory_bytes": self.costs["peak_memory"],
                 "file_bytes": self.costs["file"],
+                "branches": self.costs["branches"],
                 "latency_ms": {
                     "predicted": self.predicted_ms,
                     "median": median,
