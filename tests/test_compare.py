@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from netsmith.errors import UserError
 from netsmith.methods import best_of
 from netsmith.methods.best_of import BestOf
 from netsmith.options import CompareOptions
-from netsmith.run import Run, read_events
+from netsmith.run import Run, load_yaml, read_events
 from netsmith.spaces import open_space
 
 SPACE = {"depth": 1}
@@ -346,3 +347,31 @@ def test_a_comparison_whose_process_is_killed_can_be_continued(table, tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "leaked" not in ended.stderr
     assert [row["kept"] for row in json.loads(ended.stdout)["budgets"][0]["rows"]] == [1, 1, 1]
+
+
+def test_a_method_that_cannot_search_the_space_searches_its_own_under_the_same_numbers(table, tmp_path):
+    with prepare_comparison(asked(table, out=tmp_path / "x", methods="fbnet,repnas", space=None)) as run:
+        assert run.problem["space"] == "fbnet_small"
+        assert run.problem["spaces"] == {"repnas": "repvgg_small"}
+        ground = {"reference": {"cost": {"latency": 2.0}}, "profile": {"seconds": 0.0}}
+        for name in ("repnas", "random"):
+            module._begin(run, ground, name, 0, tmp_path / name)
+    own, other = (load_yaml((tmp_path / name / "problem.yaml").read_text()) for name in ("repnas", "random"))
+    assert (own["space"], own["budget"]) == ("repvgg_small", ["latency<=1ms"])
+    assert (other["space"], other["budget"]) == ("fbnet_small", ["latency<=0.5x"])
+    assert not (tmp_path / "repnas" / "stages").exists() or not list((tmp_path / "repnas" / "stages").iterdir())
+    assert "depth" in other["space_options"]
+    assert "depth" not in own["space_options"]
+    with pytest.raises(UserError, match="repnas cannot search the space 'fbnet_small'"):
+        prepare_comparison(asked(table, out=tmp_path / "y", methods="fbnet,repnas"))
+    assert not (tmp_path / "y").exists()
+
+
+def test_spaces_can_be_given(table, tmp_path):
+    options = asked(table, out=tmp_path / "x", methods="fbnet,prunet", spaces={"prunet": "prunet_small"})
+    with prepare_comparison(replace(options, method_options={})) as run:
+        assert run.problem["spaces"] == {"prunet": "prunet_small"}
+    with pytest.raises(UserError, match="unknown method in spaces, 'prunett'"):
+        prepare_comparison(asked(table, out=tmp_path / "y", spaces={"prunett": "prunet_small"}))
+    with pytest.raises(UserError, match="unknown space 'prunet_smal'"):
+        prepare_comparison(asked(table, out=tmp_path / "z", spaces={"fbnet": "prunet_smal"}))

@@ -24,18 +24,26 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from netsmith.cost.budget import Budget, parse_budgets
+from netsmith.cost.device import parse_device
 from netsmith.errors import UserError, unknown
-from netsmith.methods import METHODS
+from netsmith.methods import METHODS, check_searchable
 from netsmith.options import RECORDED, CompareOptions, ProblemOptions, SearchOptions, checked
-from netsmith.prepare import check, method_options, next_folder, problem_of
+from netsmith.prepare import check, default_space, method_options, next_folder, offered_widths, problem_of
 from netsmith.report.comparison import summary
 from netsmith.run import Run, read_events
+from netsmith.spaces import open_space
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from netsmith.pipeline import Say
 
 BASELINES = ("random", "capacity", "best_of")
 """In the order in which they run, after the searches: what `best_of` gets depends on those."""
+
+SHAPE = ("classes", "channels", "resolution")
+"""What the task decides of a space."""
 
 MATCHED = 0.965
 """Share of a limit from which a network is close enough; together with promise.TIGHT a window of 2 %."""
@@ -52,9 +60,11 @@ def compared(options: CompareOptions) -> list[str]:
             raise unknown("method", name, METHODS)
         if given.count(name) > 1:
             raise UserError(f"{name} is given twice in --methods {options.methods}")
+    for field_name in ("method_options", "spaces"):
+        for name in getattr(options, field_name):
+            if name not in (*given, *BASELINES):
+                raise unknown(f"method in {field_name},", name, dict.fromkeys((*given, *BASELINES)))
     for name in options.method_options:
-        if name not in (*given, *BASELINES):
-            raise unknown("method in method_options,", name, dict.fromkeys((*given, *BASELINES)))
         if not isinstance(options.method_options[name], dict):
             raise UserError(f"method_options.{name} is no mapping of options, such as {name}: {{epochs: 2}}")
     return [name for name in given if name not in BASELINES] + list(BASELINES)
@@ -81,7 +91,8 @@ def part(options: CompareOptions, method: str) -> SearchOptions:
 def prepare_comparison(options: CompareOptions, *, command: Sequence[str] = ()) -> Run:
     """A new comparison in `options.out`, or the next free runs/compare-TASK-NUMBER.
 
-    All methods search one space; where none is named, the one that suits the first method.
+    All methods search one space; where none is named, the one that suits the first method. One that cannot search it
+    searches its own under the same budget in numbers, unless the space was named.
     Raises: UserError, as `prepare`, and for a method given twice or no seed.
     """
     check_comparison(options)
@@ -93,8 +104,35 @@ def prepare_comparison(options: CompareOptions, *, command: Sequence[str] = ()) 
     small = problem["space_options"]["resolution"] <= ONE_THREAD
     jobs = options.jobs or (len(os.sched_getaffinity(0)) if small else 1)
     own = {"methods": ",".join(names), "seeds": options.seeds, "jobs": jobs, "method_options": given}
+    own["spaces"] = {**_elsewhere(names, problem, named=options.space is not None), **options.spaces}
+    for name, space in own["spaces"].items():
+        check_searchable(name, _opened(problem, space), space)
     problem = {key: value for key, value in problem.items() if key not in ("method", "seed", "baselines")} | own
     return Run.create(options.out or next_folder(options), problem)
+
+
+def _elsewhere(names: Sequence[str], problem: dict[str, Any], *, named: bool) -> dict[str, str]:
+    """The methods that cannot search the space of the others, and the one that they search."""
+    found = {}
+    for name in names:
+        try:
+            check_searchable(name, _opened(problem, problem["space"]), problem["space"])
+        except UserError:
+            if named or name in BASELINES:
+                raise
+            found[name] = default_space(name, problem["space_options"]["resolution"])
+    return found
+
+
+def _opened(problem: dict[str, Any], space: str) -> nn.Module:
+    """Without numbers."""
+    import torch
+
+    options = problem["space_options"]
+    if space != problem["space"]:
+        options = {key: options[key] for key in SHAPE}
+    with torch.device("meta"):
+        return open_space(space, **options)
 
 
 def open_comparison(folder: Path) -> Run:
@@ -134,6 +172,7 @@ def compare(run: Run, say: Say) -> dict[str, Any]:
         failed=failed,
         budgets=[{"asked": text, "limits": limit} for text, limit in zip(texts, limits, strict=True)],
         methods=names,
+        spaces=asked["spaces"],
         baselines=BASELINES,
         seeds=asked["seeds"],
     )
@@ -161,7 +200,8 @@ def _ground(run: Run, say: Say) -> dict[str, Any]:
 
 def _problem(run: Run, method: str, seed: int, **options: Any) -> dict[str, Any]:
     """The problem of one run of the comparison."""
-    own = {key: value for key, value in run.problem.items() if key not in ("methods", "seeds", "jobs", "command")}
+    left_out = ("methods", "seeds", "jobs", "spaces", "command")
+    own = {key: value for key, value in run.problem.items() if key not in left_out}
     given = {**run.problem["method_options"][method], **options}
     return own | {"method": method, "method_options": given, "seed": seed, "baselines": []}
 
@@ -174,6 +214,9 @@ def _begin(run: Run, ground: dict[str, Any], method: str, seed: int, folder: Pat
         # once: a run that is continued must not ask for something else
         options = run.once(f"compute-{seed}", lambda: _equal_compute(run, seed))
     problem = _problem(run, method, seed, **options)
+    if space := run.problem["spaces"].get(method):
+        problem |= _moved(problem, space, ground["reference"]["cost"])
+        ground = {}
     command = ["netsmith", "search", "--config", str(folder.absolute() / "problem.yaml")]
     with Run.create(folder, problem | {"command": command}) as own:
         for name, value in ground.items():
@@ -181,6 +224,19 @@ def _begin(run: Run, ground: dict[str, Any], method: str, seed: int, folder: Pat
         teacher = Path("others", "reference")
         if run.problem["recipe"]["distillation"] and not (folder / teacher).exists():
             shutil.copytree(run.path / "shared" / teacher, folder / teacher, dirs_exist_ok=True)
+
+
+def _moved(problem: dict[str, Any], space: str, reference: dict[str, float]) -> dict[str, Any]:
+    """What becomes of a problem in another space: its budgets stay the same numbers."""
+    device = None if problem["table"] else parse_device(problem["device"])
+    shape = {key: problem["space_options"][key] for key in SHAPE}
+    fronts: dict[str, list[str]] = {}
+    for budgets in parse_budgets(problem["budget"]):
+        for b in budgets:
+            limit = Budget(b.metric, b.absolute(reference.get(b.metric, 0.0)), b.unit)
+            fronts.setdefault(b.metric, []).append(str(limit).partition("<=")[2])
+    texts = [f"{metric}<={','.join(dict.fromkeys(limits))}" for metric, limits in fronts.items()]
+    return {"space": space, "space_options": {**offered_widths(space, device), **shape}, "budget": texts}
 
 
 def _equal_compute(run: Run, seed: int) -> dict[str, float]:

@@ -27,7 +27,7 @@ Options = TypeVar("Options")
 Later = tyro.conf.arg(help_behavior_hint="")
 """Decided later: there is no default to show."""
 
-IN_A_FILE = ("space_options", "method_options", "recipe")
+IN_A_FILE = ("space_options", "method_options", "recipe", "spaces")
 """Options that have no flag."""
 
 RECORDED = ("format", "command", "images")
@@ -90,6 +90,9 @@ class CompareOptions(ProblemOptions):
     """What to compare, such as prunet,fbnet: `netsmith list methods`; random, capacity and best_of always run too."""
     seeds: int = 3
     """How often each method runs, with seeds 0, 1, ...; five make an interval that says something."""
+    spaces: dict[str, str] = field(default_factory=dict)
+    """Method -> the space that it searches instead; by itself for methods that cannot search the one of the others. In
+    a file only."""
     jobs: Annotated[int | None, Later] = None
     """Runs at a time (default: one for each core where a single thread trains, as on images up to 16 px, else one)."""
 

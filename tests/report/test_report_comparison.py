@@ -28,7 +28,7 @@ def compared(scores: dict[str, list[float]], **options: Any) -> dict[str, Any]:
     parts = [part(method, seed, score) for method, own in scores.items() for seed, score in enumerate(own)]
     limits = [{"metric": "latency", "limit": 5.0, "unit": "ms"}]
     given = {"failed": [], "budgets": [{"asked": "latency<=5ms", "limits": limits}], "methods": list(scores)}
-    return summary(parts, baselines=BASELINES, seeds=max(map(len, scores.values())), **{**given, **options})
+    return summary(parts, spaces={}, baselines=BASELINES, seeds=max(map(len, scores.values())), **{**given, **options})
 
 
 def lead(scores: dict[str, list[float]]) -> dict[str, Any]:
@@ -94,6 +94,7 @@ def test_latencies_are_those_timed_in_turn():
     parts = [part("fbnet", 0, 0.7, 4.8), part("random", 0, 0.7, 4.9)]
     found = summary(
         parts,
+        spaces={},
         failed=[],
         budgets=[{"asked": "x", "limits": []}],
         methods=["fbnet", "random"],
@@ -103,7 +104,8 @@ def test_latencies_are_those_timed_in_turn():
     assert found["rows"][0]["latency_ms"] == 4.81
     assert found["latency_spread_percent"] == pytest.approx(100 * (4.91 / 4.81 - 1))
     parts = [{**one, "in_turn_ms": []} for one in parts]  # from a table, or not timed
-    again = summary(parts, failed=[], budgets=[{"asked": "x", "limits": []}], methods=["fbnet"], baselines=(), seeds=1)
+    asked = [{"asked": "x", "limits": []}]
+    again = summary(parts, failed=[], budgets=asked, methods=["fbnet"], spaces={}, baselines=(), seeds=1)
     assert again["budgets"][0]["rows"][0]["latency_ms"] == 4.8
 
 

@@ -7,7 +7,7 @@ device's table is shared. The best of three baselines is a little better by luck
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ def summary(
     failed: Sequence[dict[str, Any]],
     budgets: Sequence[dict[str, Any]],
     methods: Sequence[str],
+    spaces: Mapping[str, str],
     baselines: Sequence[str],
     seeds: int,
 ) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def summary(
             all were timed in turn; empty where nothing runs), "trainings" (short ones, in the search), "effort".
         failed: {"method", "seed", "error"} of the runs without a result.
         budgets: {"asked", "limits"} of each network of the front.
+        spaces: methods that searched another space than the rest, and which.
     """
     first = parts[0]
     metric = metric_name(first)
@@ -69,6 +71,7 @@ def summary(
     if seeds < FEW:
         what = "One seed says" if seeds == 1 else f"{seeds} seeds say"
         notes.append(f"{what} next to nothing about noise: take {FEW} at least, better 5.")
+    notes += [f"{name} searched {space}, another space than the rest." for name, space in spaces.items()]
     if len(budgets) > 1:
         notes.append("A method searches all budgets at once: seconds and memory are those of the whole search.")
     return {
