@@ -8,11 +8,12 @@ The space: stem 16, six layers 16-24-24-40-40-80-80 with stride 2 on the odd one
 or 6; 32 px, batch 64, one thread. For PruNet the same macro with one open width (up to expansion 6) per kernel. The
 largest single network has kernel 5 and expansion 6 throughout.
 
-Every configuration is a process of its own. They take turns, one step each, so that slow phases of the machine hit all
-alike; a time is the median of processor seconds. `saved` is what autograd keeps for the backward pass, in bytes and
-without parameters, exact and the same every time; `grown` is by how much the largest resident size of the process
-(ru_maxrss) grew over that before the network was built. A weight step is forward, backward, clipping and SGD, an
-architecture step forward, backward to the logits and Adam, both as `search/differentiable.py` has them.
+Every configuration is a process of its own. Eight at a time take turns, one step each, beside the largest network, so
+that slow phases of the machine hit all alike; a time is the median of processor seconds. `saved` is what autograd keeps
+for the backward pass, in bytes and without parameters, exact and the same every time; `grown` is by how much the largest
+resident size of the process (ru_maxrss) grew over that before the network was built. A weight step is forward, backward,
+clipping and SGD, an architecture step forward, backward to the logits and Adam, both as `search/differentiable.py` has
+them.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ from torch.nn import functional as F
 BATCH, PIXELS, CLASSES = 64, 32, 10
 WIDTHS = (16, 24, 24, 40, 40, 80, 80)
 PLACES = ("start", "middle", "end")
+TOGETHER = 8
+"""Processes that take turns."""
 PROCESSES = 3
 """Fresh ones for each number of widths: the median counts, for allocators differ from start to start."""
 SUPERNETS = (
@@ -357,7 +360,21 @@ class Worker:
         return memory
 
 
-def compare(workers: list[Worker], rounds: int) -> list[dict]:
+def compare(kinds: list[tuple[str, str, str]], rounds: int) -> list[dict]:
+    """A row per (python, name, step). They run a few at a time, since each process keeps up to a gigabyte, every few
+    beside the largest network in the same python."""
+    rows = [row for group in batched(kinds, TOGETHER) for row in _in_turn(group, rounds)]
+    first = {(row["name"], row["step"], row["torch"]): row for row in reversed(rows)}
+    return [row for row in rows if row is first[row["name"], row["step"], row["torch"]]]
+
+
+def batched(kinds: list, count: int) -> list[list]:
+    return [kinds[i : i + count] for i in range(0, len(kinds), count)]
+
+
+def _in_turn(group: list[tuple[str, str, str]], rounds: int) -> list[dict]:
+    largest = dict.fromkeys((python, "largest", "weight") for python, _, _ in group)
+    workers = [Worker(*kind) for kind in dict.fromkeys([*largest, *group])]
     for _ in range(rounds):
         for worker in workers:
             worker.step()
@@ -367,9 +384,9 @@ def compare(workers: list[Worker], rounds: int) -> list[dict]:
         row = {"name": worker.name, "step": worker.which, "seconds": statistics.median(times),
                "quartiles": [times[len(times) // 4], times[-1 - len(times) // 4]], **worker.end()}  # fmt: skip
         rows.append(row)
-        largest = next(other for other in rows if (other["torch"], other["name"]) == (row["torch"], "largest"))
+        base = next(other for other in rows if (other["torch"], other["name"]) == (row["torch"], "largest"))
         for key in ("seconds", "saved", "grown"):
-            row[f"{key}_ratio"] = row[key] / largest[key]
+            row[f"{key}_ratio"] = row[key] / base[key]
     return rows
 
 
@@ -490,7 +507,7 @@ def main() -> None:
     if asked.plinio:
         Worker.plinio = asked.plinio
         kinds.append((own, "plinio-supernet", "weight"))
-    rows = compare([Worker(*kind) for kind in kinds], asked.rounds)
+    rows = compare(kinds, asked.rounds)
     print("| configuration | step | CPU s (quartiles) | time | saved | grown |\n|---|---|---|---|---|---|")
     for r in rows:
         low, high = r["quartiles"]
