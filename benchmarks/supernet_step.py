@@ -9,11 +9,11 @@ or 6; 32 px, batch 64, one thread. For PruNet the same macro with one open width
 largest single network has kernel 5 and expansion 6 throughout.
 
 Every configuration is a process of its own. Eight at a time take turns, one step each, beside the largest network, so
-that slow phases of the machine hit all alike; a time is the median of processor seconds. `saved` is what autograd keeps
-for the backward pass, in bytes and without parameters, exact and the same every time; `grown` is by how much the largest
-resident size of the process (ru_maxrss) grew over that before the network was built. A weight step is forward, backward,
-clipping and SGD, an architecture step forward, backward to the logits and Adam, both as `search/differentiable.py` has
-them.
+that slow phases of the machine hit all alike; a time is the median of processor seconds. `saved` is what autograd
+keeps for the backward pass, in bytes and without parameters, exact and the same every time; `grown` is by how much
+the largest resident size of the process (ru_maxrss) grew over that before the network was built. A weight step is
+forward, backward, clipping and SGD, an architecture step forward, backward to the logits and Adam, both as
+`search/differentiable.py` has them.
 """
 
 from __future__ import annotations
