@@ -141,12 +141,12 @@ def summary(rows: list[dict]) -> str:
             mine = [row for row in rows if (row["method"], row["derivation"]) == (name, derivation)]
             if mine:
                 accuracy = [statistics.fmean(row[each] for row in mine) for each in SETS]
-                spread = statistics.stdev(row["cifar10"] for row in mine) if len(mine) > 1 else float("nan")
+                spread = f"{statistics.stdev(row['cifar10'] for row in mine):.2f}" if len(mine) > 1 else "-"
                 better = ", ".join(f"{row['cifar10_percentile']:.1f}" for row in mine)
                 skips = ", ".join(str(row["skips"]) for row in mine)
                 spent = statistics.fmean(row["search_cpu_seconds"] for row in mine)
                 lines.append(
-                    f"| {name} | {derivation} | {len(mine)} | {accuracy[0]:.2f} ({spread:.2f}) | {accuracy[1]:.2f} | "
+                    f"| {name} | {derivation} | {len(mine)} | {accuracy[0]:.2f} ({spread}) | {accuracy[1]:.2f} | "
                     f"{accuracy[2]:.2f} | {better} | {skips} | {spent:.0f} |"
                 )
     means = [statistics.fmean(ranked(each)) for each in SETS]
