@@ -208,6 +208,8 @@ def test_networks_are_drawn_from_the_space_that_is_left():
         generator = torch.Generator().manual_seed(seed)
         found = at_budget(problem, problem.budgets[0], generator, space=searcher.space)
         check(searcher.space, found)
+        assert found["body"] == "slim"
+        assert found["body.slim.stage1_0"] != "ir"
         derive(searcher.supernet, found)
 
 

@@ -14,9 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options
-from netsmith.decisions import Architecture
 from netsmith.errors import UserError
 from netsmith.gates import Gate, softmax
 from netsmith.run import Run
@@ -50,20 +48,13 @@ class DARTS:
             raise UserError("order second looks a step of the weights ahead: steps.rhythm is 0; allowed: 1 and more")
 
     def search(self, problem: Problem, run: Run) -> list[Options]:
-        def make(budgets: Sequence[Budget], chosen: list[Architecture]) -> Supernet:
-            return Relaxed(self, problem, budgets, chosen)
-
-        return search_supernet(problem, run, "darts", make, self.steps, self.finals)
+        return search_supernet(self, problem, run, "darts", Relaxed)
 
 
 class Relaxed(Supernet):
     """The continuous relaxation of section 2.2."""
 
-    def __init__(
-        self, method: DARTS, problem: Problem, budgets: Sequence[Budget], chosen: Sequence[Architecture]
-    ) -> None:
-        super().__init__(problem, budgets, chosen, method.cost)
-        self.method = method
+    method: DARTS
 
     def gate(self, *, learning: bool) -> Gate:
         return softmax

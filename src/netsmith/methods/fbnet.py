@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options
-from netsmith.decisions import Architecture
 from netsmith.gates import Gate, Gumbel, single_path
 from netsmith.run import Run
 from netsmith.search.differentiable import CostLoss, Steps
@@ -38,20 +35,13 @@ class FBNet:
     """Networks drawn around the result (section 4.1 samples too)."""
 
     def search(self, problem: Problem, run: Run) -> list[Options]:
-        def make(budgets: Sequence[Budget], chosen: list[Architecture]) -> Stochastic:
-            return Stochastic(self, problem, budgets, chosen)
-
-        return search_supernet(problem, run, "fbnet", make, self.steps, self.finals)
+        return search_supernet(self, problem, run, "fbnet", Stochastic)
 
 
 class Stochastic(Supernet):
     """The stochastic super net of section 3.1."""
 
-    def __init__(
-        self, method: FBNet, problem: Problem, budgets: Sequence[Budget], chosen: Sequence[Architecture]
-    ) -> None:
-        super().__init__(problem, budgets, chosen, method.cost)
-        self.method = method
+    method: FBNet
 
     @property
     def temperature(self) -> float:

@@ -7,7 +7,6 @@ no gradient of anything (REINFORCE, section 3.3).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -16,9 +15,8 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
-from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options, expected
-from netsmith.decisions import Architecture, Decision, decisions
+from netsmith.decisions import Decision, decisions
 from netsmith.gates import Gate, binary, single_path, two_path
 from netsmith.run import Run
 from netsmith.search.differentiable import Batch, CostLoss, Loop, Steps
@@ -56,20 +54,13 @@ class ProxylessNAS:
     def search(self, problem: Problem, run: Run) -> list[Options]:
         kind = Sampled if self.gradient == "reinforce" else Gated
 
-        def make(budgets: Sequence[Budget], chosen: list[Architecture]) -> Supernet:
-            return kind(self, problem, budgets, chosen)
-
-        return search_supernet(problem, run, "proxylessnas", make, self.steps, self.finals)
+        return search_supernet(self, problem, run, "proxylessnas", kind)
 
 
 class Gated(Supernet):
     """Binary gates with their gradient estimate."""
 
-    def __init__(
-        self, method: ProxylessNAS, problem: Problem, budgets: Sequence[Budget], chosen: Sequence[Architecture]
-    ) -> None:
-        super().__init__(problem, budgets, chosen, method.cost)
-        self.method = method
+    method: ProxylessNAS
 
     def gate(self, *, learning: bool) -> Gate:
         if not learning:

@@ -9,7 +9,6 @@ constants are ours unless a field says otherwise.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,9 +16,8 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor, nn
 
-from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options
-from netsmith.decisions import Architecture, decisions
+from netsmith.decisions import decisions
 from netsmith.errors import UserError
 from netsmith.gates import Gate, softmax
 from netsmith.run import Run
@@ -56,40 +54,26 @@ class RARTS:
             raise UserError(f"RARTS updates w, y and alpha in turn: steps.rhythm is {self.steps.rhythm}; allowed: 1")
 
     def search(self, problem: Problem, run: Run) -> list[Options]:
-        def make(budgets: Sequence[Budget], chosen: list[Architecture]) -> Supernet:
-            return Pair(self, problem, budgets, chosen)
-
-        return search_supernet(problem, run, "rarts", make, self.steps, self.finals)
+        return search_supernet(self, problem, run, "rarts", Pair)
 
 
 class Pair(Supernet):
     """`supernet` holds w and alpha, `twin` holds y and the same alpha; it is split off when the warm-up ends."""
 
-    def __init__(
-        self, method: RARTS, problem: Problem, budgets: Sequence[Budget], chosen: Sequence[Architecture]
-    ) -> None:
-        super().__init__(problem, budgets, chosen, method.cost)
-        self.method = method
-        self.twin: nn.Module | None = None
-        self.twin_weights: torch.optim.SGD | None = None
-        self.train_loss: Tensor | None = None
-        """Of w, in the round that has just been made."""
+    method: RARTS
+    twin: nn.Module | None = None
+    twin_weights: torch.optim.SGD | None = None
+    train_loss: Tensor | None = None
+    """Of w, in the round that has just been made."""
 
     def gate(self, *, learning: bool) -> Gate:
         return softmax
 
     def split(self) -> None:
-        steps = self.method.steps
         self.twin = copy.deepcopy(self.supernet)
         for mine, other in zip(decisions(self.supernet).values(), decisions(self.twin).values(), strict=True):
             other.logits = mine.logits
-        self.twin_weights = torch.optim.SGD(
-            weights(self.twin),
-            lr=steps.learning_rate,
-            momentum=steps.momentum,
-            weight_decay=steps.weight_decay,
-            nesterov=steps.momentum > 0,
-        )
+        self.twin_weights = self.method.steps.descent(weights(self.twin))
 
     def weight_step(self, loop: Loop, batch: Batch) -> Tensor:
         if self.twin is None:  # the warm-up

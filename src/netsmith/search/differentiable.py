@@ -65,6 +65,16 @@ class Steps:
         if self.warmup_epochs >= self.epochs:
             raise UserError(f"steps.warmup_epochs is {self.warmup_epochs}; allowed: less than the {self.epochs} epochs")
 
+    def descent(self, parameters: Iterable[nn.Parameter]) -> torch.optim.SGD:
+        """The optimizer of the weights."""
+        return torch.optim.SGD(
+            parameters,
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            nesterov=self.momentum > 0,
+        )
+
 
 class Searcher:
     """A supernet, and what a method does with it. Both steps are the ordinary ones; a method overrides what its paper
@@ -180,13 +190,7 @@ class Loop:
         self.epoch = 0
         self.generator = torch.Generator()
         searcher.supernet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self.weights = torch.optim.SGD(
-            weights(searcher.supernet),
-            lr=steps.learning_rate,
-            momentum=steps.momentum,
-            weight_decay=steps.weight_decay,
-            nesterov=steps.momentum > 0,
-        )
+        self.weights = steps.descent(weights(searcher.supernet))
         self.architecture = torch.optim.Adam(
             [{"params": searcher.parameters()}],  # as a group it may be empty: nothing open from the start
             lr=steps.architecture_rate,

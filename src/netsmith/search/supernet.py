@@ -7,8 +7,8 @@ how a step is made: a subclass of `Supernet`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,27 @@ from netsmith.search.race import Finals, finalists, race, settle
 from netsmith.search.sampling import capacity
 
 
+class Method(Protocol):
+    """What such a method's dataclass has."""
+
+    @property
+    def steps(self) -> Steps: ...
+    @property
+    def cost(self) -> CostLoss: ...
+    @property
+    def finals(self) -> Finals: ...
+
+
 class Supernet(Searcher):
     """The supernet of a problem, restricted to the structures that some budget chose; logits aim at ``budgets``."""
 
+    method: Any
+    """The `Method`, as the subclass knows it."""
+
     def __init__(
-        self, problem: Problem, budgets: Sequence[Budget], chosen: Sequence[Architecture], cost: CostLoss
+        self, method: Any, problem: Problem, budgets: Sequence[Budget], chosen: Sequence[Architecture]
     ) -> None:
-        self.problem, self.cost = problem, cost
+        self.method, self.problem = method, problem
         self.targets = {b.metric: b.limit for b in budgets if b.metric in problem.prices}
         self.supernet = problem.build()
         restrict(self.supernet, chosen)
@@ -54,7 +68,7 @@ class Supernet(Searcher):
         draw(network, gates, generator)
 
     def objective(self, loss: Tensor) -> Tensor:
-        return self.cost(loss, self.costs(), self.targets)
+        return self.method.cost(loss, self.costs(), self.targets)
 
     def costs(self) -> dict[str, Tensor]:
         """Of the mixture that was drawn."""
@@ -105,21 +119,15 @@ class Supernet(Searcher):
         return values
 
 
-def search_supernet(
-    problem: Problem,
-    run: Run,
-    name: str,
-    make: Callable[[Sequence[Budget], list[Architecture]], Supernet],
-    steps: Steps,
-    finals: Finals,
-) -> list[Options]:
-    """The whole search; ``make(budgets, chosen)`` builds the searcher, which aims at the middle one of the budgets."""
+def search_supernet(method: Method, problem: Problem, run: Run, name: str, kind: type[Supernet]) -> list[Options]:
+    """The whole search with a searcher of ``kind``, which aims at the middle one of the budgets."""
+    finals = method.finals
     chosen = [
         settle(problem, run, f"{name}-settle-{i}", budgets, capacity(problem), finals.epochs)
         for i, budgets in enumerate(problem.budgets)
     ]
     middle = sorted(problem.budgets, key=lambda budgets: [b.limit for b in budgets])[len(chosen) // 2]
-    searcher = learn(problem, run, name, lambda: make(middle, chosen), steps)
+    searcher = learn(problem, run, name, lambda: kind(method, problem, middle, chosen), method.steps)
     assert isinstance(searcher, Supernet)
     found = []
     for i, budgets in enumerate(problem.budgets):
