@@ -354,6 +354,9 @@ def test_a_search_that_chance_equals_says_so(run_folder: Callable[..., Path], re
     made["baselines"][2]["cost"]["latency_ms"] = {"median": 4.8}
     assert "found does not beat random (1 of 5): as good and as fast." in read(run_folder("a", made=made)).words
     assert "No baseline is both as good and as fast as what was found." in read(run_folder("b")).words
+    for slower, said in ((1.01, "does not beat random"), (1.03, "No baseline is both")):  # processes differ by 1.2 %
+        made["baselines"][2]["cost"]["latency_ms"] = {"median": slower * made["cost"]["latency_ms"]["median"]}
+        assert said in read(run_folder(f"c{slower}", made=made)).words
 
 
 @pytest.mark.parametrize(
