@@ -92,6 +92,34 @@ def test_a_scaled_limit_is_tighter():
     assert 0.7 * budget.limit < problem.latency.of(architecture) <= 0.8 * budget.limit
 
 
+def test_a_budget_to_be_used_is_used_by_the_most_valuable_network_that_does():
+    # Values that favour cheap options: alone they leave most of the budget unspent.
+    problem = problem_of(tiny)
+    values = {p: {o: -v for o, v in row.items()} for p, row in capacity(problem).items()}
+    networks = list(enumerate_architectures(tiny()))
+    latency = [problem.latency.of(a) for a in networks]
+    macs = [problem.prices["macs"].of(a) for a in networks]
+    worth = [sum(values[path][option] for path, option in a.items()) for a in networks]
+
+    def found(budgets, least):
+        architecture = problem.allocate(values, budgets, least=least)
+        return sum(values[path][option] for path, option in architecture.items())
+
+    tried = 0
+    for share in (0.4, 0.5, 0.7, 0.9, 1.0):
+        one = [Budget("latency", share * max(latency), "ms")]
+        two = [*one, Budget("macs", 0.8 * max(macs), "")]
+        for budgets in (one, two):
+            costs = zip(latency, macs, strict=True)
+            used = [max(c / b.limit for c, b in zip(cost, budgets, strict=False)) for cost in costs]
+            for least in (0.5, 0.9, 0.95, 0.999):
+                window = [w for w, u in zip(worth, used, strict=True) if least <= u <= 1]
+                fitting = [w for w, u in zip(worth, used, strict=True) if u <= 1]
+                assert found(budgets, least) == pytest.approx(max(window or fitting))
+                tried += bool(window) and max(window) < max(fitting)
+    assert tried > 10
+
+
 def test_an_option_without_a_value_is_out():
     problem = problem_of()
     values = capacity(problem)

@@ -137,11 +137,11 @@ def test_an_untrained_network_has_the_shifts_that_a_trained_one_has():
 def test_what_was_kept_survives_a_solver_that_runs_out_of_time(kept, monkeypatch):
     allocate, calls = Problem.allocate, []
 
-    def late(self, *args):
+    def late(self, *args, **options):
         calls.append(1)
         if len(calls) > 1:
             raise Unsolved("out of time")
-        return allocate(self, *args)
+        return allocate(self, *args, **options)
 
     monkeypatch.setattr(Problem, "allocate", late)
     found, limit, _ = kept(0.5, lambda predicted, _: 0.8 * predicted)

@@ -186,6 +186,15 @@ def test_a_block_alone_needs_no_more_memory_than_the_network():
         assert problem.largest_block(network) <= PeakMemory()(problem.plain(network), problem.input_shape)
 
 
+def test_finalists_use_the_budget_where_cheap_options_are_liked_best():
+    problem = problem_of()
+    (budget,) = problem.budgets[0]
+    values = {p: {o: -0.1 * v for o, v in row.items()} for p, row in capacity(problem).items()}
+    assert problem.latency.of(problem.allocate(values, [budget])) < 0.8 * budget.limit
+    found = finalists(problem, [budget], values, Finals(noise=0.5), torch.Generator().manual_seed(0))
+    assert all(0.95 * budget.limit <= problem.latency.of(a) <= budget.limit for a in found)
+
+
 def test_finalists_are_distinct_and_within_the_budget():
     problem, values = problem_of(), capacity(problem_of())
     (budget,) = problem.budgets[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,12 +18,14 @@ from netsmith.cost.counts import BranchCount, FileBytes, Macs, Params, Shape
 from netsmith.cost.memory import PeakMemory
 from netsmith.cost.prices import Atom, Options, Prices, atoms, tabulate
 from netsmith.decisions import Architecture, OneOf, Option, decisions, derive
-from netsmith.search.allocate import Infeasible, Limit, allocate
+from netsmith.search.allocate import Infeasible, Limit, Unsolved, allocate
 from netsmith.tasks.classification import Task
 from netsmith.train.recipe import Recipe
 
 COUNTED = {"params": Params(), "macs": Macs(), "file": FileBytes(), "branches": BranchCount()}
 """Costs that add up over layers and need no device."""
+FILL = 0.95
+"""The share of a limit that the networks of a search use, where any network can."""
 
 
 @dataclass
@@ -121,9 +125,18 @@ class Problem:
         ]
 
     def allocate(
-        self, values: Options, budgets: Sequence[Budget], scale: Mapping[str, float] | None = None
+        self,
+        values: Options,
+        budgets: Sequence[Budget],
+        scale: Mapping[str, float] | None = None,
+        *,
+        least: float = 0.0,
     ) -> Architecture:
         """The most valuable architecture within ``budgets`` as predicted; an option without a value is out.
+
+        ``least``: the share of a limit to use, of one limit where there are several. A search whose expected cost is at
+        the budget may well have a cheap network as its most probable one: this asks for the most probable one *at* the
+        budget. Not asked where no network is there, nor beside peak memory.
 
         Peak memory does not add up. An option whose block alone exceeds the limit is out; if the network as a whole
         still exceeds it, it is cut off and the knapsack solved again.
@@ -143,7 +156,7 @@ class Problem:
             replace(limit, prices=_restricted(self.prices[limit.name], values)) for limit in self.limits(budgets, scale)
         ]
         if not memory:
-            return allocate(values, limits, self.parents, rules=self.outline.rules)
+            return self._filling(values, limits, least)
         forbidden: list[Architecture] = []
         for _ in range(200):
             architecture = allocate(values, limits, self.parents, rules=self.outline.rules, forbidden=forbidden)
@@ -151,6 +164,18 @@ class Problem:
                 return architecture
             forbidden.append(architecture)
         raise Infeasible(f"no network within peak_memory<={min(memory):g}B found after cutting off {len(forbidden)}")
+
+    def _filling(self, values: Options, limits: Sequence[Limit], least: float) -> Architecture:
+        best = allocate(values, limits, self.parents, rules=self.outline.rules)
+        full = [replace(limit, at_least=least * limit.at_most) for limit in limits]
+        if not least or any(limit.holds(best) for limit in full):
+            return best
+        found = []
+        for number, limit in enumerate(full):
+            with suppress(Infeasible, Unsolved):
+                asked = [*limits[:number], limit, *limits[number + 1 :]]
+                found.append(allocate(values, asked, self.parents, rules=self.outline.rules))
+        return max(found, key=lambda a: math.fsum(values[p][o] for p, o in a.items()), default=best)
 
     @cached_property
     def _memory_alone(self) -> Callable[[int, Option | None], float]:

@@ -18,7 +18,7 @@ from netsmith.decisions import Architecture
 from netsmith.errors import PromiseBroken
 from netsmith.run import Run
 from netsmith.search.allocate import Infeasible, Unsolved
-from netsmith.search.problem import Problem
+from netsmith.search.problem import FILL, Problem
 from netsmith.ship.export import export
 
 AIM = 0.98
@@ -96,13 +96,13 @@ def _keep(
     worst, measurings = "", 0
     for number in range(1, rounds + 1):
         try:
-            architecture = problem.allocate(values, budgets, scale)
+            architecture = problem.allocate(values, budgets, scale, least=FILL)
         except (Infeasible, Unsolved) as error:
             if number > 1:
                 break  # nothing is small enough for the corrected limit, or the solver found nothing in time
             if isinstance(error, Unsolved):
                 raise
-            architecture = problem.allocate(values, budgets)
+            architecture = problem.allocate(values, budgets, least=FILL)
         if architecture == previous:
             break
         previous, measurings = architecture, number

@@ -16,7 +16,7 @@ from netsmith.cost.prices import Options
 from netsmith.decisions import Architecture
 from netsmith.run import Run
 from netsmith.search.allocate import Infeasible
-from netsmith.search.problem import Problem, prefer
+from netsmith.search.problem import FILL, Problem, prefer
 from netsmith.train.loop import evaluate, train
 
 
@@ -124,17 +124,18 @@ def finalists(
     *,
     still: Collection[str] = (),
 ) -> list[Architecture]:
-    """Distinct networks at the budget drawn around ``values``: the knapsack on Gumbel-perturbed values.
+    """Distinct networks at the budget (`FILL` of it at least) drawn around ``values``: the knapsack on Gumbel-perturbed
+    values.
 
     The first is the unperturbed optimum. For additive values this samples architectures with probability growing with
     their value (perturb-and-MAP), under the hard budget. Decisions that stand ``still`` get no noise.
     """
-    found = {dumps(best): best for best in [problem.allocate(values, budgets)]}
+    found = {dumps(best): best for best in [problem.allocate(values, budgets, least=FILL)]}
     moving = {path: row for path, row in values.items() if path not in still}
     for _ in range(4 * finals.samples):
         if len(found) >= finals.samples:
             break
-        drawn = problem.allocate(values | perturbed(moving, generator, finals.noise), budgets)
+        drawn = problem.allocate(values | perturbed(moving, generator, finals.noise), budgets, least=FILL)
         drawn = problem.allocate(prefer(values, drawn, 1e3), budgets)  # what the noise left unspent goes into widths
         found.setdefault(dumps(drawn), drawn)
     return list(found.values())
