@@ -6,7 +6,8 @@
 
 The space: stem 16, six layers 16-24-24-40-40-80-80 with stride 2 on the odd ones, MBConv, kernel 3 or 5, expansion 1, 3
 or 6; 32 px, batch 64, one thread. For PruNet the same macro with one open width (up to expansion 6) per kernel. The
-largest single network has kernel 5 and expansion 6 throughout.
+largest single network has kernel 5 and expansion 6 throughout. For RepNAS the same channels and strides with its six
+branches in every layer, of which a third run; its ratios are to the network with all of them.
 
 Every configuration is a process of its own. Eight at a time take turns, one step each, beside the largest network, so
 that slow phases of the machine hit all alike; a time is the median of processor seconds. `saved` is what autograd
@@ -19,6 +20,7 @@ forward, backward, clipping and SGD, an architecture step forward, backward to t
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import resource
@@ -54,6 +56,10 @@ SUPERNETS = (
     "rarts-jacobi",
 )
 """RARTS has no weight step of its own after the warm-up: its architecture step is the whole round of w, y and alpha."""
+ONE_STEP = ("pad_nas", "repnas")
+"""PAD-NAS learns no logits; RepNAS learns them in the weight step."""
+BASE = {"repnas": "branches", "branches": "branches"}
+"""The largest single network where it is another one."""
 ASKED = {
     "prunet_start": 2.5, "prunet_mean": 1.8, "widths_percent": 5.0,
     "proxylessnas_seconds": 1.5, "proxylessnas_saved": 1.3, "darts_seconds": 7.5,
@@ -81,6 +87,18 @@ def blocks(inputs: int, outputs: int, stride: int) -> dict[str, nn.Module]:
         for k in (3, 5)
         for e in (1, 3, 6)
     }
+
+
+def choices() -> nn.Module:
+    from netsmith.decisions import OneOf
+
+    return network(lambda i, o, s: OneOf(blocks(i, o, s)))
+
+
+def branches(inputs: int, outputs: int, stride: int) -> nn.Module:
+    from netsmith.blocks.reparam import Branches
+
+    return Branches(inputs, outputs, stride=stride)
 
 
 def open_widths(count: int) -> Callable[[int, int, int], nn.Module]:
@@ -119,16 +137,24 @@ Step = Callable[[], None]
 
 
 def ours(name: str) -> tuple[Step, Step | None]:
-    """(weight step, architecture step) of "largest", "fixed", "prunet-COPIES[-WIDTHS]" or METHOD[-VARIANT]."""
+    """(weight step, architecture step) of "largest", "fixed", "branches", "prunet-COPIES[-WIDTHS]" or
+    METHOD[-VARIANT]."""
     kind, *options = name.split("-")
     if kind in ("largest", "fixed"):  # runs in NNI's Python too
         option = {"largest": "k5_e6", "fixed": "k3_e3"}[kind]
         return plain_step(network(lambda i, o, s: blocks(i, o, s)[option])), None
+    if kind == "branches":
+        from netsmith.decisions import decisions, derive
+
+        space = network(branches)
+        return plain_step(derive(space, dict.fromkeys(decisions(space), "on"))), None
 
     from netsmith.search.differentiable import Loop, Steps
 
-    searcher = prunet(*options) if kind == "prunet" else supernet(kind, *options)
-    loop = Loop(searcher.problem, searcher, Steps(epochs=1000, warmup_epochs=100))  # nothing is pruned
+    build = {"prunet": prunet, "pad_nas": pad_nas, "repnas": repnas}.get(kind, functools.partial(supernet, kind))
+    problem, searcher = build(*options)
+    warmup = 0 if searcher.joint else 100  # nothing is pruned in it
+    loop = Loop(problem, searcher, Steps(epochs=1000, warmup_epochs=warmup))
     batch = Batch()
 
     def weight() -> None:
@@ -139,7 +165,7 @@ def ours(name: str) -> tuple[Step, Step | None]:
         searcher.supernet.train()
         searcher.architecture_step(loop, (batch.images, batch.labels), (batch.images, batch.labels)).item()
 
-    return weight, architecture
+    return weight, architecture if searcher.parameters() and not searcher.joint else None
 
 
 def prunet(copies: str, count: str = "0"):
@@ -147,12 +173,25 @@ def prunet(copies: str, count: str = "0"):
 
     problem = problem_of(lambda: network(open_widths(int(count))))
     method = PruNet(copies=copies, headroom=0.0, check_every=10**9)  # pyright: ignore[reportArgumentType]
-    return Pruning(method, problem, problem.budgets[0], {})
+    return problem, Pruning(method, problem, problem.budgets[0], {})
+
+
+def pad_nas():
+    from netsmith.methods.pad_nas import SinglePath
+
+    problem = problem_of(choices)
+    return problem, SinglePath(problem, [])
+
+
+def repnas():
+    from netsmith.methods.repnas import RepNAS, Sampled
+
+    problem = problem_of(lambda: network(branches))
+    return problem, Sampled(problem, RepNAS().count(problem, []))
 
 
 def supernet(kind: str, variant: str = ""):
     """The searcher of a method whose options all stay, every layer a choice of six blocks."""
-    from netsmith.decisions import OneOf
     from netsmith.methods import make_method
     from netsmith.methods.darts import Relaxed
     from netsmith.methods.fbnet import Stochastic
@@ -163,8 +202,8 @@ def supernet(kind: str, variant: str = ""):
     method = make_method(kind, {option: variant})
     build = {"fbnet": Stochastic, "darts": Relaxed, "rarts": Pair, "proxylessnas": Gated}[kind]
     build = Sampled if variant == "reinforce" else build
-    problem = problem_of(lambda: network(lambda i, o, s: OneOf(blocks(i, o, s))))
-    return build(method, problem, problem.budgets[0], [])
+    problem = problem_of(choices)
+    return problem, build(method, problem, problem.budgets[0], [])
 
 
 def problem_of(build: Callable[[], nn.Module]):
@@ -373,7 +412,7 @@ def batched(kinds: list, count: int) -> list[list]:
 
 
 def _in_turn(group: list[tuple[str, str, str]], rounds: int) -> list[dict]:
-    largest = dict.fromkeys((python, "largest", "weight") for python, _, _ in group)
+    largest = dict.fromkeys((python, BASE.get(name, "largest"), "weight") for python, name, _ in group)
     workers = [Worker(*kind) for kind in dict.fromkeys([*largest, *group])]
     for _ in range(rounds):
         for worker in workers:
@@ -384,7 +423,8 @@ def _in_turn(group: list[tuple[str, str, str]], rounds: int) -> list[dict]:
         row = {"name": worker.name, "step": worker.which, "seconds": statistics.median(times),
                "quartiles": [times[len(times) // 4], times[-1 - len(times) // 4]], **worker.end()}  # fmt: skip
         rows.append(row)
-        base = next(other for other in rows if (other["torch"], other["name"]) == (row["torch"], "largest"))
+        wanted = row["torch"], BASE.get(row["name"], "largest")
+        base = next(other for other in rows if (other["torch"], other["name"]) == wanted)
         for key in ("seconds", "saved", "grown"):
             row[f"{key}_ratio"] = row[key] / base[key]
     return rows
@@ -500,6 +540,7 @@ def main() -> None:
     prunets = ["prunet-shared", "prunet-separate"]
     for name in (*SUPERNETS, *prunets):
         kinds += [(own, name, "weight"), (own, name, "architecture")]
+    kinds += [(own, name, "weight") for name in ONE_STEP]
     if asked.nni_python:
         kinds.append((asked.nni_python, "largest", "weight"))  # their torch may be another
         for name in ("nni-darts", "nni-proxyless"):
