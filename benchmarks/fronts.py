@@ -31,8 +31,8 @@ from netsmith.cost.counts import count_macs
 from netsmith.cost.device import parse_device
 from netsmith.cost.meter import measure
 from netsmith.decisions import derive
+from netsmith.job import Job
 from netsmith.methods import make_method
-from netsmith.pipeline import Job
 from netsmith.run import Run
 from netsmith.search.promise import keep, with_shifts
 from netsmith.search.race import race

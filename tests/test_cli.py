@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import netsmith
+import netsmith.job
 import netsmith.pipeline
 import netsmith.profiling
 from netsmith.cli import VERBS, main
@@ -327,7 +328,7 @@ def real_run(tmp_path_factory):
     (folder / "asked.yaml").write_text(yaml.safe_dump(asked))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NETSMITH_CACHE", str(folder / "cache"))
-        for user in (netsmith.pipeline, netsmith.profiling):  # less time than a search takes to calibrate
+        for user in (netsmith.job, netsmith.profiling):  # less time than a search takes to calibrate
             patch.setattr(user, "calibrate", lambda *args, **_: calibrate(*args, seconds=1.0))
         assert main(["search", "--config", str(folder / "asked.yaml"), "--out", str(folder / "run"), "--json"]) in (
             0,

@@ -14,6 +14,7 @@ from netsmith.architecture import check, loads
 from netsmith.cost.latency import _at, _widths, atoms
 from netsmith.cost.table import entry_key
 from netsmith.errors import UserError
+from netsmith.job import Job
 from netsmith.options import SearchOptions
 from netsmith.prepare import problem_of
 from netsmith.run import Run, read_events
@@ -162,7 +163,7 @@ def test_what_is_timed_is_what_the_device_runs(device, tmp_path):
     options = {"device": device, "space_options": {**SPACE, "step": 8}}
     network, file = torch.nn.Flatten(), tmp_path / "absent.onnx"
     with ask(tmp_path / "run", None, **options) as run:
-        time = pipeline.Job(run, Quiet()).time
+        time = Job(run, Quiet()).time
         if device == "torch-cpu":
             assert 0 < time(network, file) < 10
         else:
@@ -181,8 +182,9 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_resuming_what_is_complete_does_nothing(job, table, monkeypatch):
     folder, options, result = job
     before = content(folder)
-    for name in ("train", "export", "gate", "keep", "export_untrained"):
+    for name in ("train", "export", "gate", "keep"):
         monkeypatch.setattr(pipeline, name, None)
+    monkeypatch.setattr("netsmith.job.export_untrained", None)
     assert finish(folder, table, **options) == json.loads(json.dumps(result))
     assert content(folder) == before
 

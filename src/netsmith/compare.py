@@ -37,7 +37,7 @@ from netsmith.spaces import open_space
 if TYPE_CHECKING:
     from torch import nn
 
-    from netsmith.pipeline import Say
+    from netsmith.job import Say
 
 BASELINES = ("random", "capacity", "best_of")
 """In the order in which they run, after the searches: what `best_of` gets depends on those."""
@@ -154,7 +154,7 @@ def compare(run: Run, say: Say) -> dict[str, Any]:
     A run that fails is told of in the result, and tried again when the comparison is continued.
     Raises: UserError where no run came to an end, Infeasible for a budget that no network keeps.
     """
-    from netsmith.pipeline import Job
+    from netsmith.job import Job
 
     asked, names = run.problem, run.problem["methods"].split(",")
     failed = _search_all(run, say, _ground(run, say))

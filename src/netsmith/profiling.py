@@ -22,7 +22,7 @@ from netsmith.ship.weights import load, points
 from netsmith.spaces import open_space, space_defaults
 
 if TYPE_CHECKING:
-    from netsmith.pipeline import Say
+    from netsmith.job import Say
 
 
 def measure_files(target: Path, device_name: str, seconds: float) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from netsmith import gates
 from netsmith.architecture import enumerate_architectures
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
+from netsmith.blocks.prunode import Prunode
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import expected
 from netsmith.decisions import Draw, OneOf, Width, decisions
 from netsmith.errors import UserError
-from netsmith.methods.prunet import PruNet, Pruning, Prunode
+from netsmith.methods.prunet import PruNet, Pruning
 from netsmith.run import read_events
 from netsmith.search.differentiable import CostLoss, Loop, Steps, learn, remove_option, weights
 from netsmith.search.problem import prefer
