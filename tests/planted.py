@@ -200,6 +200,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "calibration": 2,
     },
     "repnas": {"steps": BRISK},
+    "rarts+jacobi": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}, "order": "jacobi"},
     "darts+second": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}, "order": "second"},
     "proxylessnas+binary": {"steps": BRISK, "finals": {"samples": 2, "epochs": [1]}, "gradient": "binary"},
     "proxylessnas+reinforce": {"steps": BRISK, "finals": {"samples": 2, "epochs": [1]}, "gradient": "reinforce"},

@@ -70,6 +70,10 @@ def test_of_two_paths_the_active_one_is_drawn_by_their_own_odds():
         first, second = sorted((active, other))
         counts.setdefault((first, second), [0, 0])[active == second] += 1
     assert len(counts) == 6
+    p = LOGITS.softmax(0)  # i first and then j, or j first and then i
+    chances = [p[i] * p[j] * (1 / (1 - p[i]) + 1 / (1 - p[j])) for i, j in counts]
+    drawn = [sum(seen) for seen in counts.values()]
+    assert chisquare(drawn, [6000 * chance.item() for chance in chances], sum_check=False).pvalue > 1e-4
     for pair, seen in counts.items():
         odds = LOGITS[list(pair)].softmax(0) * sum(seen)
         assert chisquare(seen, odds.numpy(), sum_check=False).pvalue > 1e-4

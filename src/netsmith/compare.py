@@ -18,7 +18,7 @@ import shutil
 import signal
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -104,19 +104,20 @@ def prepare_comparison(options: CompareOptions, *, command: Sequence[str] = ()) 
     small = problem["space_options"]["resolution"] <= ONE_THREAD
     jobs = options.jobs or (len(os.sched_getaffinity(0)) if small else 1)
     own = {"methods": ",".join(names), "seeds": options.seeds, "jobs": jobs, "method_options": given}
-    own["spaces"] = {**_elsewhere(names, problem, named=options.space is not None), **options.spaces}
+    own["spaces"] = {**_elsewhere(given, problem, named=options.space is not None), **options.spaces}
     for name, space in own["spaces"].items():
-        check_searchable(name, _opened(problem, space), space)
+        check_searchable(name, _opened(problem, space), space, given[name])
     problem = {key: value for key, value in problem.items() if key not in ("method", "seed", "baselines")} | own
     return Run.create(options.out or next_folder(options), problem)
 
 
-def _elsewhere(names: Sequence[str], problem: dict[str, Any], *, named: bool) -> dict[str, str]:
-    """The methods that cannot search the space of the others, and the one that they search."""
+def _elsewhere(given: Mapping[str, dict[str, Any]], problem: dict[str, Any], *, named: bool) -> dict[str, str]:
+    """The methods, of those ``given`` with their options, that cannot search the space of the others, and the one that
+    they search."""
     found = {}
-    for name in names:
+    for name, options in given.items():
         try:
-            check_searchable(name, _opened(problem, problem["space"]), problem["space"])
+            check_searchable(name, _opened(problem, problem["space"]), problem["space"], options)
         except UserError:
             if named or name in BASELINES:
                 raise

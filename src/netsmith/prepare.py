@@ -112,8 +112,9 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
             f"{below[0]} cannot be kept: all networks of the space {space!r} fold to the same file; "
             "a budget on branches can, such as branches<=0.34x"
         )
-    for method in (options.method, *options.baselines):
-        check_searchable(method, opened, space)
+    check_searchable(options.method, opened, space, method_options(options))
+    for baseline in options.baselines:
+        check_searchable(baseline, opened, space)
     problem = {
         "task": task_name,
         **({"images": task.fingerprint} if task.fingerprint else {}),

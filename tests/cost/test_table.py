@@ -234,6 +234,10 @@ def test_a_table_in_the_words_of_proxylessnas_prices_its_space(tmp_path):
     names = [name for name in rows if "56x56x24-output:56x56x24-expand:6-kernel:7" in name and "skip:1" in name]
     assert wide == rows[names[0]]
     assert latency.raw.options["layer2"]["skip"] == 0
+    text = file.read_text()
+    file.write_text(text + "Conv_1-input:7x7x432-output:7x7x1728: {mean: 30.0}\n")  # of another network, without Logits
+    heads = {key: ms for key, ms in import_table(file).table.items() if key.startswith("Head(")}
+    assert heads == {"Head(320, 1280, classes=1000, act='relu6') @ 320x7x7": 22.5}
     file.write_text("a: [\n")
     with pytest.raises(UserError, match="no latency table of a known format"):
         import_table(file)

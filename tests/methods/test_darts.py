@@ -10,7 +10,7 @@ from netsmith.decisions import OneOf, decisions
 from netsmith.errors import UserError
 from netsmith.methods import make_method
 from netsmith.methods.darts import DARTS, Relaxed, gradients, moved, unrolled_gradient, velocity
-from netsmith.search.differentiable import Loop, Steps, weights
+from netsmith.search.differentiable import Loop, Steps, task_loss, weights
 
 
 def number(value: float) -> nn.Parameter:
@@ -113,6 +113,64 @@ def test_the_two_orders_agree_where_the_weights_do_not_move():
         slopes[order] = [p.grad for p in searcher.parameters()]
     for a, b in zip(*slopes.values(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_second_order_is_taken_where_the_next_weight_step_leads():
+    searcher, loop, (search, train) = searched("second")
+    searcher.supernet.double()
+    search, train = ((images.double(), labels) for images, labels in (search, train))
+    searcher.weight_step(loop, train)  # so that there is momentum
+    buffers = {w: loop.weights.state[w]["momentum_buffer"].clone() for w in weights(searcher.supernet)}
+    logits = searcher.parameters()
+
+    def loss(batch):
+        searcher.draw(torch.Generator(), learning=True)
+        return task_loss(searcher.supernet, batch)
+
+    def direction(w, gradient):
+        moving = gradient + 1e-4 * w.detach()
+        return moving + 0.9 * (0.9 * buffers[w] + moving)
+
+    expected = unrolled_gradient(
+        lambda: loss(train),
+        lambda: searcher.objective(loss(search)),
+        weights(searcher.supernet),
+        logits,
+        0.05,
+        direction,
+    )
+    searcher.architecture_step(loop, search, train)
+    for found, slope in zip(logits, expected, strict=True):
+        assert torch.allclose(found.grad, slope, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_velocity_is_the_next_step(nesterov):
+    w = nn.Parameter(torch.randn(5, dtype=torch.float64))
+    optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9, weight_decay=3e-4, nesterov=nesterov)
+    for _ in range(4):
+        w.grad = torch.randn(5, dtype=torch.float64)
+        before, expected = w.detach().clone(), velocity(optimizer)(w, w.grad)
+        optimizer.step()
+        assert torch.allclose(before - w, 0.1 * expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_a_structure_that_did_not_run_learns_nothing(order):
+    problem = problem_of(macro, shares=(0.5,), task=stripes(64))
+    method = DARTS(order=order)
+    searcher = Relaxed(method, problem, problem.budgets[0], [{"body": "slim"}, {"body": "broad"}])
+    loop = Loop(problem, searcher, Steps(rhythm=1, warmup_epochs=0, batch_size=16, architecture_rate=0.1))
+    batches = [next(iter(problem.task.batches(split, 16, train=True))) for split in ("search", "train")]
+    for _ in range(4):
+        before = {path: d.logits.detach().clone() for path, d in decisions(searcher.supernet).items()}
+        searcher.architecture_step(loop, *batches)
+        found = decisions(searcher.supernet)
+        ran = found["body"].options[found["body"].drawn.indices[0]]
+        moved = {
+            path.split(".")[1] for path in found if path != "body" and not torch.equal(before[path], found[path].logits)
+        }
+        assert moved == {ran}
 
 
 def test_all_options_run_in_every_step():

@@ -261,10 +261,15 @@ def planted_problem(good_kernel: int, method: str = "") -> tuple[Problem, dict]:
 @pytest.mark.parametrize("good_kernel", [3, 5], ids=["cheap", "dear"])
 def test_finds_what_works(method, good_kernel, tmp_path):
     steps = {"epochs": 8, "warmup_epochs": 2, "batch_size": 16, "architecture_rate": 0.05}
+    if method.startswith(("proxylessnas", "darts", "rarts")):
+        steps["rhythm"] = 1
+    alone = {"samples": 1, "noise": 0.0, "epochs": [1]}  # what the logits say, and nobody to race against
     options = {
         "best_of": {"candidates": 12, "epochs": 4},
+        "prunet": {"steps": steps, "finals": {"epochs": [4]}},  # which races against its start
+        "pad_nas": {"steps": {**steps, "epochs": 16}, "finals": alone},
         "repnas": {"steps": {**steps, "epochs": 24, "architecture_rate": 0.03}},  # half of the branches learn in a step
-    }.get(method, {"steps": steps, "finals": {"epochs": [4]}})
+    }.get(method, {"steps": steps, "finals": alone})
     problem, working = planted_problem(good_kernel, method)
     found = search(method, tmp_path / "run", problem=problem, **options)
     assert found.architectures == [working]

@@ -12,7 +12,7 @@ from netsmith.architecture import check, outline, sample
 from netsmith.cost.budget import Budget
 from netsmith.decisions import derive
 from netsmith.errors import UserError
-from netsmith.methods import pad_nas
+from netsmith.methods import make_method, pad_nas
 from netsmith.methods.pad_nas import PADNAS, SinglePath, Window, frequencies, low_ranked
 from netsmith.run import read_events
 from netsmith.search.differentiable import Steps, learn
@@ -128,7 +128,7 @@ def individuals(folder: Path, stage: int) -> list[dict]:
 
 def test_sets_only_shrink_and_nobody_is_outside_of_window_or_set(tmp_path):
     problem = problem_of(task=stripes(64))
-    search("pad_nas", tmp_path / "run", problem=problem)
+    outcome = search("pad_nas", tmp_path / "run", problem=problem)
     events = read_events(tmp_path / "run")
     sets = dict(outline(macro()).options)
     tightest, loosest = (budget.limit for (budget,) in problem.budgets)
@@ -147,6 +147,15 @@ def test_sets_only_shrink_and_nobody_is_outside_of_window_or_set(tmp_path):
         for path, row in (epochs[0]["probabilities"] if epochs else {}).items():
             assert [str(option) for option in sets[path]] == list(row)
             assert sum(row.values()) == pytest.approx(1)
+    for values, budgets in zip(outcome.values, problem.budgets, strict=True):  # nor does a correction bring one back
+        for scale in (0.8, 0.9, 1.1):
+            architecture = problem.allocate(values, budgets, {"latency": scale}, least=0.95)
+            assert all(option in sets[path] for path, option in architecture.items())
+
+
+def test_too_few_epochs_for_the_stages_are_refused_at_once():
+    with pytest.raises(UserError, match=r"steps\.epochs is 2; allowed: 3, one a stage, or more"):
+        make_method("pad_nas", {"steps": {"epochs": 2}})
 
 
 def test_a_stage_starts_where_the_last_one_ended(tmp_path, monkeypatch):

@@ -2,17 +2,21 @@
 
 import math
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
-from planted import macro, problem_of, stripes
+from planted import branched, macro, problem_of, stripes
 from torch import nn
 
 from netsmith.architecture import enumerate_architectures
 from netsmith.blocks.mobile import ConvBn
 from netsmith.cost.prices import Prices
 from netsmith.decisions import Draw, OneOf, decisions
+from netsmith.errors import UserError
 from netsmith.gates import binary, two_path
+from netsmith.methods import check_searchable
+from netsmith.methods.darts import DARTS, Relaxed
 from netsmith.methods.proxylessnas import Gated, ProxylessNAS, Sampled
 from netsmith.search.differentiable import CostLoss, Loop, Steps, weights
 
@@ -183,8 +187,38 @@ def gated(method: ProxylessNAS = ProxylessNAS(), build=macro, kind=Gated, **step
     chosen = [{"body": "slim"}] if build is macro else []
     searcher = kind(method, problem, problem.budgets[0], chosen)
     given = {"rhythm": 1, "warmup_epochs": 0, "batch_size": 16, "epochs": 4, "architecture_rate": 0.1}
-    given |= {"architecture_momentum": 0.0, "architecture_decay": 0.0}
-    return searcher, Loop(problem, searcher, Steps(**{**given, **steps}))
+    return searcher, Loop(problem, searcher, replace(method.steps, **{**given, **steps}))
+
+
+def test_costs_are_those_of_the_structure_that_runs():
+    problem = problem_of(macro, shares=(0.5,), task=stripes(64))
+    alone = {}
+    for structure in ("slim", "broad"):
+        one = Relaxed(DARTS(), problem, problem.budgets[0], [{"body": structure}])
+        one.draw(torch.Generator(), learning=True)
+        alone[structure] = one.costs()["latency"].item()
+    assert alone["broad"] > 1.1 * alone["slim"]
+    searcher = Gated(ProxylessNAS(), problem, problem.budgets[0], [{"body": "slim"}, {"body": "broad"}])
+    generator, seen = torch.Generator().manual_seed(0), set()
+    for _ in range(12):
+        searcher.draw(generator, learning=True)
+        before = {path: d.drawn for path, d in decisions(searcher.supernet).items()}
+        cost = searcher.costs()["latency"]
+        assert all(d.drawn is before[path] for path, d in decisions(searcher.supernet).items())
+        body = decisions(searcher.supernet)["body"]
+        structure = body.options[body.drawn.indices[0]]
+        assert cost.item() == pytest.approx(alone[structure], rel=1e-6)
+        seen.add(structure)
+    assert seen == {"slim", "broad"}
+
+
+def test_a_path_without_any_branch_is_refused():
+    for method, options in (("proxylessnas", {}), ("fbnet", {"paths": "one"})):
+        with pytest.raises(
+            UserError, match=f"{method} cannot search the space 'mine': .* leaves its block without any"
+        ):
+            check_searchable(method, branched(), "mine", options)
+    check_searchable("fbnet", branched(), "mine")
 
 
 def test_a_step_moves_no_probability_that_was_not_drawn():

@@ -1,20 +1,24 @@
 """The promise loop keeps what it promises on devices that are not what the table says."""
 
 import random
+from collections import OrderedDict
 
 import pytest
+import torch
 from planted import FakeDevice, macro, new_run, problem_of
 from torch import nn
 
 from netsmith.architecture import check
+from netsmith.blocks.mobile import ConvBn, Head, MBConv
 from netsmith.cost.budget import Budget
+from netsmith.decisions import OneOf
 from netsmith.errors import PromiseBroken
 from netsmith.run import read_events
 from netsmith.search import promise
 from netsmith.search.allocate import Infeasible, Unsolved
-from netsmith.search.problem import Problem
+from netsmith.search.problem import Problem, prefer
 from netsmith.search.promise import keep, with_shifts
-from netsmith.search.sampling import capacity
+from netsmith.search.sampling import at_budget, capacity, flat
 
 
 @pytest.fixture
@@ -168,6 +172,27 @@ def test_a_budget_just_above_the_smallest_network(kept):
     assert found.architecture == smallest
     with pytest.raises(Infeasible, match="the smallest network needs"):
         kept(1.0, lambda predicted, _: predicted, "y", Budget("latency", 0.99 * floor, "ms"))
+
+
+def blocks_only() -> nn.Module:
+    layers = {f"layer{i}": OneOf({f"e{e}": MBConv(8, 8, hidden=8 * e) for e in (1, 2, 3, 4, 6)}) for i in range(4)}
+    return nn.Sequential(OrderedDict(stem=ConvBn(1, 8, 3), **layers, head=Head(8, 16, 3)))
+
+
+@pytest.mark.parametrize(("share", "factor", "least"), [(0.6, 1.0, 0.0), (0.97, 0.7, 0.9)])
+def test_in_a_space_without_widths(share, factor, least, tmp_path, monkeypatch):
+    """A network well below its limit is what the method wanted, and stays; one that is there only because the table is
+    too high makes room for a larger one."""
+    problem = problem_of(blocks_only, shares=(0.5,))
+    (budget,) = problem.budgets[0]
+    below = [Budget("latency", share / 0.97 * budget.limit, "ms")]
+    wanted = at_budget(problem, below, torch.Generator().manual_seed(0))
+    device = FakeDevice(problem, lambda predicted, _: factor * predicted)
+    monkeypatch.setattr(promise, "export_untrained", device.export)
+    with new_run(tmp_path / "run") as run:
+        found = keep(problem, run, "x", prefer(flat(problem), wanted, 1e3), [budget], device.time_file)
+    assert least * budget.limit <= found.measured["latency"] <= budget.limit
+    assert (found.architecture == wanted) == (factor == 1.0)
 
 
 def test_a_table_only_predicts_and_needs_one_round(kept):

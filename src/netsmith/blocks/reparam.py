@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from netsmith.blocks.mobile import ConvBn, _activation, _text
-from netsmith.decisions import OneOf, Rule
+from netsmith.decisions import Decision, OneOf, Rule
 from netsmith.errors import UserError, unknown
 
 Kernel = tuple[Tensor, Tensor]
@@ -96,6 +96,15 @@ class Zero(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_zeros(())
+
+
+def is_branch(decision: Decision) -> bool:
+    """Whether it says if a branch of `Branches` runs."""
+    return set(decision.options) == {"on", "off"}
+
+
+NO_PATH = "is whether a branch is on or off, and a path that takes none leaves its block without any"
+"""Why a method that runs one option of each decision refuses branches."""
 
 
 class Branches(nn.Module):

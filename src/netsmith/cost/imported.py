@@ -92,7 +92,10 @@ def _proxyless(rows: dict[str, Any]) -> dict[str, float]:
     A block that keeps its shape has a shortcut with `idskip` 1 only, as all of ours: rows without it are left out.
     """
     entries: dict[str, float] = {}
-    head: dict[str, tuple[list[int], list[int], float]] = {}
+    features: list[tuple[int, int, int, float]] = []
+    """(pixels, inputs, outputs, ms) of the last convolution."""
+    logits: dict[int, tuple[int, float]] = {}
+    """Its inputs -> (classes, ms)."""
     for name, row in rows.items():
         kind, *told = name.split("-")
         facts = dict(fact.split(":") for fact in told)
@@ -107,12 +110,14 @@ def _proxyless(rows: dict[str, Any]) -> dict[str, float]:
             size, _, inp = before
             stride = size // after[0]
             entries[f"ConvBn({inp}, {after[-1]}, kernel=3, stride={stride}, act='relu6') @ {inp}x{size}x{size}"] = ms
+        elif kind == "Conv_1":
+            features.append((before[0], before[-1], after[-1], ms))
         else:
-            head[kind] = before, after, ms
-    if {"Conv_1", "Logits"} <= set(head):
-        (size, _, inp), (*_, features), ms = head["Conv_1"]
-        key = f"Head({inp}, {features}, classes={head['Logits'][1][-1]}, act='relu6') @ {inp}x{size}x{size}"
-        entries[key] = ms + head["Logits"][2]
+            logits[before[-1]] = after[-1], ms
+    for size, inp, out, ms in features:
+        if out in logits:
+            classes, more = logits[out]
+            entries[f"Head({inp}, {out}, classes={classes}, act='relu6') @ {inp}x{size}x{size}"] = ms + more
     return entries
 
 

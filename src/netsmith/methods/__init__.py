@@ -46,21 +46,22 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Any:
     return checked(method_class(name), dict(options or {}), "method_options")
 
 
-def check_searchable(name: str, space: nn.Module, space_name: str) -> None:
-    """Raises: UserError for a decision that the method cannot search: which, why, and the methods that can.
+def check_searchable(name: str, space: nn.Module, space_name: str, options: Mapping[str, Any] | None = None) -> None:
+    """Raises: UserError for a decision that the method, with its ``options``, cannot search: which, why, and the
+    methods that can; and for options that are wrong.
 
     A method that searches only some says so in ``refuses(decision)``: why not, or None.
     """
-    if refused := _refused(name, space):
-        others = [other for other in METHODS if not _refused(other, space)]
+    if refused := _refused(make_method(name, options), space):
+        others = [other for other in METHODS if not _refused(make_method(other), space)]
         raise UserError(
             f"{name} cannot search the space {space_name!r}: {refused}; methods that can: {', '.join(others)}"
         )
 
 
-def _refused(name: str, space: nn.Module) -> str | None:
+def _refused(method: Any, space: nn.Module) -> str | None:
     from netsmith.decisions import decisions
 
-    refuses = getattr(method_class(name), "refuses", lambda decision: None)
+    refuses = getattr(method, "refuses", lambda decision: None)
     found = ((path, refuses(decision)) for path, decision in decisions(space).items())
     return next((f"its decision {path!r} {why}" for path, why in found if why), None)

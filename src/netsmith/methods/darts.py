@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from netsmith.cost.prices import Options
+from netsmith.decisions import decisions
 from netsmith.errors import UserError
 from netsmith.gates import Gate, softmax
 from netsmith.run import Run
@@ -79,21 +80,23 @@ class Relaxed(Supernet):
         gradient = unrolled_gradient(
             lambda: loss_on(beside), search_loss, trained, self.parameters(), loop.rate, velocity(loop.weights)
         )
+        ran = {id(d.logits) for d in decisions(self.supernet).values() if d.drawn is not None}
         for logits, slope in zip(self.parameters(), gradient, strict=True):
-            logits.grad = slope
+            logits.grad = slope if id(logits) in ran else None  # another structure's: not even their decay
         loop.architecture.step()
         return seen[0].detach()
 
 
 def velocity(optimizer: torch.optim.Optimizer) -> Callable[[nn.Parameter, Tensor], Tensor]:
-    """The direction of the next weight step from a gradient: momentum * buffer + gradient + decay * w. No buffer yet
-    counts as zero."""
+    """The direction of the next weight step from a gradient, if its norm is not cut: momentum * buffer + gradient +
+    decay * w (the official code), or what Nesterov's momentum makes of it. No buffer yet counts as zero."""
     (group,) = optimizer.param_groups
 
     def direction(w: nn.Parameter, gradient: Tensor) -> Tensor:
         buffer = optimizer.state.get(w, {}).get("momentum_buffer")
         moving = gradient + group["weight_decay"] * w.detach()
-        return moving if buffer is None else moving + group["momentum"] * buffer
+        kept = moving if buffer is None else moving + group["momentum"] * buffer
+        return moving + group["momentum"] * kept if group["nesterov"] else kept
 
     return direction
 

@@ -7,7 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
+from netsmith.blocks.reparam import NO_PATH, is_branch
 from netsmith.cost.prices import Options
+from netsmith.decisions import Decision
 from netsmith.gates import Gate, Gumbel, single_path
 from netsmith.run import Run
 from netsmith.search.differentiable import CostLoss, Steps
@@ -33,6 +35,10 @@ class FBNet:
     """How latency enters the architecture loss; the paper's is the power form."""
     finals: Finals = field(default_factory=Finals)
     """Networks drawn around the result (section 4.1 samples too)."""
+
+    def refuses(self, decision: Decision) -> str | None:
+        """Why a decision cannot be searched, None for one that can."""
+        return NO_PATH if self.paths == "one" and is_branch(decision) else None
 
     def search(self, problem: Problem, run: Run) -> list[Options]:
         return search_supernet(self, problem, run, "fbnet", Stochastic)

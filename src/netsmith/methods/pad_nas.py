@@ -70,9 +70,11 @@ class PADNAS:
     """Networks of the last search that are trained briefly (ours; the paper trains the best). They are the best within
     the budget, not drawn: ``noise`` has no part in it."""
 
-    def search(self, problem: Problem, run: Run) -> list[Options]:
+    def __post_init__(self) -> None:
         if self.steps.epochs < self.stages - 1:
             raise UserError(f"steps.epochs is {self.steps.epochs}; allowed: {self.stages - 1}, one a stage, or more")
+
+    def search(self, problem: Problem, run: Run) -> list[Options]:
         chosen = [
             settle(problem, run, f"pad_nas-settle-{i}", budgets, capacity(problem), self.finals.epochs)
             for i, budgets in enumerate(problem.budgets)
@@ -95,7 +97,8 @@ class PADNAS:
             if stage < self.stages - 1:
                 for dropped in searcher.drop(self.rare(searcher.space, counted, spared=best)):
                     run.event("removed", search=name, epoch=steps.epochs + 1, **dropped)
-        return [self._decide(problem, run, i, shares, everyone) for i in range(len(problem.budgets))]
+        found = [self._decide(problem, run, i, shares, everyone) for i in range(len(problem.budgets))]
+        return [without_dropped(values, searcher.space) for values in found]
 
     def schedule(self, stage: int) -> Steps:
         """How a stage, from 1, is trained; of the epochs it gets 3/6, 2/6 or 1/6 where M is 4 (120, 80, 40)."""
@@ -266,6 +269,15 @@ class SinglePath(Searcher):
             "expected": {"latency": latency},
             "probabilities": {path: row for path, row in rows.items() if len(row) > 1},
         }
+
+
+def without_dropped(values: Options, space: Outline) -> Options:
+    """``values`` with what was dropped far below all else: no correction of a limit brings it back where anything that
+    is left will do."""
+    return {
+        path: {o: value - 1e4 * (path in space.options and o not in space.options[path]) for o, value in row.items()}
+        for path, row in values.items()
+    }
 
 
 def low_ranked(individuals: Sequence[Individual], rank: int) -> list[Individual]:

@@ -15,9 +15,10 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn import functional as F
 
+from netsmith.blocks.reparam import NO_PATH, is_branch
 from netsmith.cost.prices import Options, expected
 from netsmith.decisions import Decision, decisions
-from netsmith.gates import Gate, binary, single_path, two_path
+from netsmith.gates import Gate, binary, draw, single_path, softmax, two_path
 from netsmith.run import Run
 from netsmith.search.differentiable import Batch, CostLoss, Loop, Steps
 from netsmith.search.problem import Problem
@@ -51,9 +52,12 @@ class ProxylessNAS:
     finals: Finals = field(default_factory=Finals)
     """Networks drawn around the result (ours; the paper takes the most probable option of each decision)."""
 
+    def refuses(self, decision: Decision) -> str | None:
+        """Why a decision cannot be searched, None for one that can."""
+        return NO_PATH if is_branch(decision) else None
+
     def search(self, problem: Problem, run: Run) -> list[Options]:
         kind = Sampled if self.gradient == "reinforce" else Gated
-
         return search_supernet(self, problem, run, "proxylessnas", kind)
 
 
@@ -68,14 +72,17 @@ class Gated(Supernet):
         return two_path if self.method.gradient == "two_path" else binary
 
     def costs(self) -> dict[str, Tensor]:
-        """Expected over all options, E = sum_j p_j F(o_j), with the gradient of the pair that was drawn: the logits of
-        all others have to stay where they are."""
-        found = {}
-        for name, drawn in super().costs().items():
-            with torch.no_grad():
-                whole = expected(self.supernet, self.problem.prices[name])
-            found[name] = whole + (drawn - drawn.detach())
-        return found
+        """Expected over all options of the structure that was drawn, E = sum_j p_j F(o_j), with the gradient of the
+        pairs: the logits of all others have to stay where they are."""
+        pairs = super().costs()
+        drawn = {path: decision.drawn for path, decision in decisions(self.supernet).items()}
+        with torch.no_grad():
+            gates = {path: (lambda *_, d=d: d) if path in self.structural else softmax for path, d in drawn.items()}
+            draw(self.supernet, gates, torch.Generator())
+            whole = super().costs()
+        for path, decision in decisions(self.supernet).items():
+            decision.drawn = drawn[path]
+        return {name: whole[name] + (pair - pair.detach()) for name, pair in pairs.items()}
 
     def architecture_step(self, loop: Loop, batch: Batch, beside: Batch | None) -> Tensor:
         before = {path: d.logits.detach().clone() for path, d in decisions(self.supernet).items()}

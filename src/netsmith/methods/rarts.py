@@ -101,7 +101,7 @@ class Pair(Supernet):
             for network, images, weight in halves:  # one after the other: the activations of one at a time
                 with frozen(weights(network)):
                     (weight * self.loss_on(network, images, loop.generator)).backward()
-        self.charge(self.method.train_weight * self.train_loss + loss)
+        self.charge(self.method.train_weight * self.train_loss + loss, loop.generator)
         loop.architecture.step()
         return loss
 
@@ -135,10 +135,10 @@ class Pair(Supernet):
         optimizer.step()
         return loss.detach()
 
-    def charge(self, loss: Tensor) -> None:
+    def charge(self, loss: Tensor, generator: torch.Generator) -> None:
         """Bring the costs into the logits' gradient: that of the data is there, d objective / d loss scales it."""
         leaf = loss.clone().requires_grad_()
-        self.mix(self.supernet, torch.Generator(), softmax)
+        self.mix(self.supernet, generator, softmax)
         objective = self.objective(leaf)
         (slope,) = torch.autograd.grad(objective, leaf, retain_graph=True)
         for logits in self.parameters():

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from netsmith.blocks.reparam import is_branch
 from netsmith.cost.budget import TOLERANCE, Budget
 from netsmith.cost.prices import Options
 from netsmith.decisions import Decision, Draw, Rule, decisions
@@ -45,10 +46,9 @@ class RepNAS:
                 f"RepNAS teaches weights and logits in one step: steps.rhythm is {self.steps.rhythm}; allowed: 0"
             )
 
-    @staticmethod
-    def refuses(decision: Decision) -> str | None:
+    def refuses(self, decision: Decision) -> str | None:
         """Why a decision cannot be searched, None for one that can."""
-        if set(decision.options) == {"on", "off"}:
+        if is_branch(decision):
             return None
         return "is not whether a branch is on or off, and RepNAS keeps the best branches of all"
 

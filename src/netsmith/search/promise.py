@@ -93,20 +93,22 @@ def _keep(
     best: Kept | None = None
     previous: Architecture = {}
     points: dict[str, list[tuple[float, float]]] = {budget.metric: [] for budget in budgets}
-    worst, measurings = "", 0
+    worst, measurings, least = "", 0, 0.0
     for number in range(1, rounds + 1):
         try:
-            architecture = problem.allocate(values, budgets, scale, least=FILL)
+            architecture = problem.allocate(values, budgets, scale, least=least)
         except (Infeasible, Unsolved) as error:
             if number > 1:
                 break  # nothing is small enough for the corrected limit, or the solver found nothing in time
             if isinstance(error, Unsolved):
                 raise
-            architecture = problem.allocate(values, budgets, least=FILL)
+            architecture = problem.allocate(values, budgets)
         if architecture == previous:
             break
         previous, measurings = architecture, number
         predicted = {b.metric: problem.predicted(b, architecture) for b in budgets}
+        if number == 1:  # a corrected limit is to be used as far as what the method found uses the limit
+            least = min(FILL, max(predicted[b.metric] / (b.limit * scale[b.metric]) for b in budgets))
         network, file = export_untrained(problem, architecture, run.path / "untrained.onnx")
         measured = {b.metric: _measured(b, predicted[b.metric], network, file, time) for b in budgets}
         broken = [b for b in budgets if not within(measured[b.metric], b.limit)]
