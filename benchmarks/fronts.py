@@ -1,16 +1,17 @@
 """Accuracy at equal measured latency and equal search compute: who earns its place?
 
     python benchmarks/fronts.py --task cifar10 --budgets 80us,120us,180us --seeds 0,1,2    # hours; goes on after a kill
-    python benchmarks/fronts.py --task fashion-mnist --images 10000 --seeds 0,1,2
+    python benchmarks/fronts.py --task fashion-mnist --images 2500 --seeds 0,1,2
     python benchmarks/fronts.py --retime                                                   # all of them once more
     python benchmarks/fronts.py --summary                                                  # the table of what is there
 
 Every line of `results/fronts.jsonl` is one network: searched on `train` and `search`, trained by one recipe on both,
 its exported file timed on one thread, and scored once on `test`. A method searches the whole front at once. `best_of`
-gets as many candidates as PruNet's search with the same seed took processor seconds. MobileNetV2 and V3 are scaled
-until their file is within 2 % of the limit. What has a line already is not done again; give each process seeds of its
-own. A machine's speed wanders by some percent from hour to hour: `--retime` builds every network of the lines again and
-times all of one budget in turn, in one process (`latency_in_turn_ms`).
+gets the processor seconds that PruNet's search with the same seed took (for CIFAR-10: as many candidates as were thought
+to fit into them). MobileNetV2 and V3 are scaled until their file is within 2 % of the limit. What has a line already is
+not done again; give each process seeds of its own. A machine's speed wanders by some percent from hour to hour:
+`--retime` builds every network of the lines again and times all of one budget in turn, in one process
+(`latency_in_turn_ms`).
 """
 
 from __future__ import annotations
@@ -31,12 +32,11 @@ from netsmith.cost.counts import count_macs
 from netsmith.cost.device import parse_device
 from netsmith.cost.meter import measure
 from netsmith.decisions import derive
+from netsmith.effort import counted, effort
 from netsmith.job import Job
 from netsmith.methods import make_method
 from netsmith.run import Run
 from netsmith.search.promise import keep, with_shifts
-from netsmith.search.race import race
-from netsmith.search.sampling import at_budget
 from netsmith.ship.export import export
 from netsmith.spaces import open_space
 from netsmith.spaces.references import mobilenet_v2, mobilenet_v3
@@ -69,37 +69,19 @@ def method_options(name: str, key: dict, job: Job) -> dict:
         return SEARCHES.get(name, {})
     prunet = [r for r in load() if {n: r[n] for n in key} == key | {"method": "prunet"}]
     assert len(prunet) == len(job.budgets), "best_of gets the processor seconds of PruNet's rows with this seed: run it"
-    seconds = sum(r["search_cpu_seconds"] for r in prunet)
-    each = job.run.once("seconds-per-candidate", lambda: seconds_per_candidate(job))
-    return {"candidates": max(3, round(seconds / each)), "epochs": RANKING_EPOCHS}
-
-
-def seconds_per_candidate(job: Job) -> float:
-    """Processor seconds of one short training at each budget, together."""
-    started = time.process_time()
-    generator = torch.Generator().manual_seed(1)
-    entrants = [at_budget(job.problem, budgets, generator) for budgets in job.problem.budgets]
-    race(job.problem, job.run, "calibrate", entrants, epochs=(RANKING_EPOCHS,))
-    return time.process_time() - started
+    return {"processor_seconds": sum(r["search_cpu_seconds"] for r in prunet), "epochs": RANKING_EPOCHS}
 
 
 def searched(job: Job, name: str, key: dict) -> dict:
     """Values for every budget, and the processor seconds they took, those before a kill included."""
     options = method_options(name, key, job)
-    clock = job.run.path / "cpu_seconds.txt"
-    before = float(clock.read_text()) if clock.exists() else 0.0
-    started = time.process_time()
-
-    def spent() -> float:
-        return before + time.process_time() - started
-
-    def note(*_: object) -> None:
-        clock.write_text(str(spent()))
-
-    job.run.progress = note
-    found = make_method(name, options).search(job.problem, job.run)
+    problem = job.problem
+    with counted(job.run, name):
+        found = make_method(name, options).search(problem, job.run)
+    spent = effort(job.run, name)
+    assert spent is not None
     pairs = [[[path, list(row.items())] for path, row in values.items()] for values in found]
-    return {"options": options, "seconds": spent(), "values": pairs}
+    return {"options": options, "seconds": spent["processor_seconds"], "values": pairs}
 
 
 def scaled_mobilenet(job: Job, build: Callable[..., nn.Module], limit: float) -> tuple[nn.Module, dict] | None:
