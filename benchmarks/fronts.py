@@ -7,8 +7,8 @@
 
 Every line of `results/fronts.jsonl` is one network: searched on `train` and `search`, trained by one recipe on both,
 its exported file timed on one thread, and scored once on `test`. A method searches the whole front at once. `best_of`
-gets the processor seconds that PruNet's search with the same seed took (for CIFAR-10: as many candidates as were thought
-to fit into them). MobileNetV2 and V3 are scaled until their file is within 2 % of the limit. What has a line already is
+gets the processor seconds that PruNet's search with the same seed took (for CIFAR-10: as many candidates as were
+thought to fit). MobileNetV2 and V3 are scaled until their file is within 2 % of the limit. What has a line already is
 not done again; give each process seeds of its own. A machine's speed wanders by some percent from hour to hour:
 `--retime` builds every network of the lines again and times all of one budget in turn, in one process
 (`latency_in_turn_ms`).
