@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from netsmith.blocks.reparam import NO_PATH, is_branch
 from netsmith.cost.prices import Options, expected
-from netsmith.decisions import Decision, decisions
+from netsmith.decisions import Decision, Draw, decisions
 from netsmith.gates import Gate, binary, draw, single_path, softmax, two_path
 from netsmith.run import Run
 from netsmith.search.differentiable import Batch, CostLoss, Loop, Steps
@@ -77,7 +77,7 @@ class Gated(Supernet):
         pairs = super().costs()
         drawn = {path: decision.drawn for path, decision in decisions(self.supernet).items()}
         with torch.no_grad():
-            gates = {path: (lambda *_, d=d: d) if path in self.structural else softmax for path, d in drawn.items()}
+            gates = {path: again(d) if d and path in self.structural else softmax for path, d in drawn.items()}
             draw(self.supernet, gates, torch.Generator())
             whole = super().costs()
         for path, decision in decisions(self.supernet).items():
@@ -91,6 +91,11 @@ class Gated(Supernet):
             if path not in self.structural and decision.drawn is not None:
                 keep_share(decision, before[path])
         return loss
+
+
+def again(drawn: Draw) -> Gate:
+    """A gate that draws what was drawn before."""
+    return lambda logits, generator: drawn
 
 
 @torch.no_grad()
