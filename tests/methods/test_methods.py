@@ -74,6 +74,14 @@ def test_legal_networks_within_every_budget(method, undisturbed):
 
 
 @EVERY
+def test_without_a_budget_any_network_will_do(method, tmp_path):
+    problem = toy_for(method, [])
+    problem.budgets = [[]]
+    (architecture,) = search(method, tmp_path / "run", problem=problem).architectures
+    check(problem.outline, architecture)
+
+
+@EVERY
 def test_same_seed_same_result_whatever_the_global_generator(method, undisturbed, tmp_path):
     torch.manual_seed(12345)
     assert search(method, tmp_path / "again").same(undisturbed(method))

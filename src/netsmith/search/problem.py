@@ -37,7 +37,7 @@ class Problem:
     build: Callable[[], nn.Module]
     """Makes a fresh supernet; the same weights every time it is called."""
     budgets: list[list[Budget]]
-    """One list of simultaneous budgets, absolute, per network that is wanted."""
+    """One list of simultaneous budgets, absolute, per network that is wanted; an empty one limits nothing."""
     latency: Prices
     """Milliseconds on the device, calibrated on whole networks."""
     recipe: Recipe

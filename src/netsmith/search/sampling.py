@@ -15,15 +15,15 @@ from netsmith.search.problem import Problem
 
 
 def usage(problem: Problem, architecture: Mapping[str, Option], budgets: Sequence[Budget]) -> float:
-    """The largest predicted share of a budget: 1 is exactly at the limit. Peak memory, which takes a trace of the
-    network, is looked at only where nothing cheaper exceeds a limit."""
+    """The largest predicted share of a budget: 1 is exactly at the limit, 0 where there is none. Peak memory, which
+    takes a trace of the network, is looked at only where nothing cheaper exceeds a limit."""
 
     def cost(budget: Budget, *, traced: bool) -> float:
         by_block = budget.metric not in problem.prices and not traced
         return problem.largest_block(architecture) if by_block else problem.predicted(budget, architecture)
 
-    share = max(cost(budget, traced=False) / budget.limit for budget in budgets)
-    return share if share > 1 else max(cost(budget, traced=True) / budget.limit for budget in budgets)
+    share = max((cost(budget, traced=False) / budget.limit for budget in budgets), default=0.0)
+    return share if share > 1 else max((cost(budget, traced=True) / budget.limit for budget in budgets), default=0.0)
 
 
 def at_budget(
@@ -40,7 +40,8 @@ def at_budget(
     Drawn uniformly; where it misses the window, random single mutations that bring it closer are accepted until it is
     in. The walk keeps most of the random network, where rejection would need thousands of draws for a small budget.
     Where no network is found in the window (a coarse space, a limit above the largest network), the one within the
-    limit that comes closest to it. Peak memory alone has steps too large for a window: any network within it will do.
+    limit that comes closest to it. Peak memory alone has steps too large for a window: any network within it will do;
+    without a budget, any network.
 
     Raises: Infeasible, naming the smallest reachable cost.
     """
@@ -66,7 +67,9 @@ def at_budget(
 
 
 def _distance(share: float, least: float) -> float:
-    return max(0.0, math.log(share), math.log(least / share) if least else 0.0)
+    if share > 1:
+        return math.log(share)
+    return math.log(least / max(share, 1e-9)) if share < least else 0.0
 
 
 def flat(problem: Problem) -> Options:
