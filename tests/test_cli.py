@@ -105,9 +105,11 @@ def test_lists(what, capsys):
         ("search --resume nowhere --seed 3", "--resume takes no other options"),
         ("search --task folder:nowhere", "there is no such folder"),
         ("search --task cifar100 --data nowhere", "the data folder nowhere does not exist"),
+        ("search --seed 99999999999", "seed is 99999999999; allowed: 0 to 4294967295"),
+        ("search --config around.yaml", "around.yaml: a mapping holds itself"),
         ("train nowhere", "nowhere is no run of netsmith"),
         ("train", "RUN"),
-        ("ship nowhere", "no run of netsmith"),
+        ("ship nowhere", "nowhere is no run of netsmith"),
         ("measure nowhere", "nowhere does not exist"),
         ("measure .", "holds no model.onnx"),
         ("profile --space fbnt", "did you mean 'fbnet'?"),
@@ -118,6 +120,7 @@ def test_lists(what, capsys):
     ],
 )
 def test_bad_input_is_one_sentence(line, said, capsys, tmp_path):
+    Path("around.yaml").write_text("recipe: &a {x: *a}\n")
     assert main(line.split()) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("netsmith: ")
@@ -248,12 +251,14 @@ def test_what_libraries_print_does_not_mix_with_the_answer():
 import os, netsmith.pipeline, netsmith.cli
 def job(run, say):
     os.write(1, b"noise of a solver")
+    print("and of Python, which is written late")
     run.write_json("result.json", {RESULT!r})
     return {RESULT!r}
 netsmith.pipeline.search = job
 raise SystemExit(netsmith.cli.main(["search", "--json"]))
 """
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=buffered)
     assert ran.returncode == 0, ran.stderr
     assert json.loads(ran.stdout)["kept"]
 

@@ -194,6 +194,37 @@ def test_a_run_that_fails_costs_no_other(torn, monkeypatch, capsys):
     assert "random" in scores(json.loads((torn / "result.json").read_text()))
 
 
+def test_best_of_runs_again_when_a_search_that_failed_before_has_ended(torn, monkeypatch):
+    shutil.rmtree(torn / "fbnet-0")
+    failing = lambda folder, jobs: telling("no memory") if folder.name == "fbnet-0" else here(folder, jobs)  # noqa: E731
+    monkeypatch.setattr(module, "_start", failing)
+    begun = []
+    with open_comparison(torn) as run:
+        compare(run, Quiet())
+    monkeypatch.setattr(module, "_start", lambda folder, jobs: begun.append(folder.name) or here(folder, jobs))
+    with open_comparison(torn) as run:
+        compare(run, Quiet())
+    assert begun == ["fbnet-0", "best_of-0"]
+    spent = json.loads((torn / "fbnet-0" / "result.json").read_text())["effort"]["processor_seconds"]
+    assert load_yaml((torn / "best_of-0" / "problem.yaml").read_text())["method_options"] == {
+        "epochs": 1,
+        "processor_seconds": round(spent, 1),
+    }
+
+
+def test_networks_are_found_where_their_run_has_put_them(table, tmp_path):
+    options = asked(table, methods="fbnet,repnas", space=None, budget=("latency<=0.3x,0.5x", "params<=1M"))
+    with prepare_comparison(replace(options, out=tmp_path / "x")) as run:
+        ground = {"reference": {"cost": {"latency": 2.0}}, "profile": {"seconds": 0.0}}
+        for name in ("repnas", "random"):
+            module._begin(run, ground, name, 0, tmp_path / name)
+    found = {name: [place.name for place in module._places(tmp_path / name)] for name in ("repnas", "random")}
+    assert found == {
+        "repnas": ["latency-600µs_params-1M", "latency-1ms_params-1M"],
+        "random": ["latency-0.3x_params-1M", "latency-0.5x_params-1M"],
+    }
+
+
 @pytest.mark.slow
 def test_a_budget_that_nothing_keeps_is_said_at_once(table, tmp_path):
     with (
@@ -375,3 +406,6 @@ def test_spaces_can_be_given(table, tmp_path):
         prepare_comparison(asked(table, out=tmp_path / "y", spaces={"prunett": "prunet_small"}))
     with pytest.raises(UserError, match="unknown space 'prunet_smal'"):
         prepare_comparison(asked(table, out=tmp_path / "z", spaces={"fbnet": "prunet_smal"}))
+    given = asked(table, out=tmp_path / "w", methods="fbnet,repnas", spaces={"repnas": "repvgg_small"})
+    with prepare_comparison(given) as run:  # as a comparison's problem.yaml says it, which names a space too
+        assert run.problem["spaces"] == {"repnas": "repvgg_small"}

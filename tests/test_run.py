@@ -194,13 +194,15 @@ def test_the_events_of_a_stage_are_on_the_disk_before_its_result(tmp_path, monke
 
         def noted(descriptor):
             if descriptor == run._events.fileno():
-                stage = json.loads((tmp_path / "run/stages/stage.json").read_text())
-                synced.append((run.mark(), "end" in stage))
+                stage = tmp_path / "run/stages/stage.json"
+                synced.append((os.fstat(descriptor).st_size, stage.exists() and "end" in json.loads(stage.read_text())))
             fsync(descriptor)
 
         monkeypatch.setattr(os, "fsync", noted)
         run.once("stage", lambda: run.event("event"))
-        assert synced == [(run.mark(), False)]
+        assert synced[-1] == (run.mark(), False)
+        run.event("more")
+        assert run.mark() == synced[-1][0]  # and what a checkpoint gets to store is there too
 
 
 def test_a_write_that_was_killed_leaves_nothing_in_the_run(tmp_path):

@@ -31,7 +31,7 @@ from netsmith.methods import METHODS, check_searchable
 from netsmith.options import RECORDED, CompareOptions, ProblemOptions, SearchOptions, checked
 from netsmith.prepare import check, default_space, method_options, next_folder, offered_widths, problem_of
 from netsmith.report.comparison import summary
-from netsmith.run import Run, read_events
+from netsmith.run import Run, load_yaml, read_events
 from netsmith.spaces import open_space
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ def prepare_comparison(options: CompareOptions, *, command: Sequence[str] = ()) 
     small = problem["space_options"]["resolution"] <= ONE_THREAD
     jobs = options.jobs or (len(os.sched_getaffinity(0)) if small else 1)
     own = {"methods": ",".join(names), "seeds": options.seeds, "jobs": jobs, "method_options": given}
-    own["spaces"] = {**_elsewhere(given, problem, named=options.space is not None), **options.spaces}
+    unplaced = {name: its for name, its in given.items() if name not in options.spaces}
+    own["spaces"] = {**_elsewhere(unplaced, problem, named=options.space is not None), **options.spaces}
     for name, space in own["spaces"].items():
         check_searchable(name, _opened(problem, space), space, given[name])
     problem = {key: value for key, value in problem.items() if key not in ("method", "seed", "baselines")} | own
@@ -210,8 +211,7 @@ def _problem(run: Run, method: str, seed: int, **options: Any) -> dict[str, Any]
 def _begin(run: Run, ground: dict[str, Any], method: str, seed: int, folder: Path) -> None:
     """Make the run of a method and seed, unless it is there, and give it what all share."""
     options = {}
-    given = run.problem["method_options"][method]
-    if method == "best_of" and not {"candidates", "processor_seconds"} & set(given):
+    if method == "best_of" and _waits(run):
         # once: a run that is continued must not ask for something else
         options = run.once(f"compute-{seed}", lambda: _equal_compute(run, seed))
     problem = _problem(run, method, seed, **options)
@@ -247,6 +247,22 @@ def _equal_compute(run: Run, seed: int) -> dict[str, float]:
     return {"processor_seconds": round(max(spent), 1)} if spent and max(spent) >= 0.1 else {}
 
 
+def _waits(run: Run) -> bool:
+    """Whether what `best_of` gets depends on the searches."""
+    return not {"candidates", "processor_seconds"} & set(run.problem["method_options"]["best_of"])
+
+
+def _forget_best_of(run: Run, seed: int) -> bool:
+    """Make `best_of` run again where a search with its seed, which had failed before, has ended after it; returns
+    whether it has to."""
+    best_of = _folder(run, "best_of", seed)
+    if not _waits(run) or not best_of.exists():
+        return False
+    shutil.rmtree(best_of)
+    (run.path / "stages" / f"compute-{seed}.json").unlink(missing_ok=True)
+    return True
+
+
 def _folder(run: Run, method: str, seed: int) -> Path:
     return run.path / f"{method}-{seed}"
 
@@ -274,13 +290,11 @@ def _in_turn(run: Run, job: Any, ended: list[Path]) -> dict[str, float]:
     networks of a front in the order of the budgets. Empty where nothing runs."""
     from netsmith.cost.device import load_shipped
     from netsmith.cost.meter import measure
-    from netsmith.pipeline import point_name
     from netsmith.ship.weights import load
 
     if job.time is None:
         return {}
-    points = [point_name(budgets) for budgets in job.budgets] if len(job.budgets) > 1 else ["."]
-    places = [folder / point for folder in ended for point in points]
+    places = [place for folder in ended for place in _places(folder)]
     job.say.stage(f"all {len(places)} networks timed in turn")
     calls = {
         str(place.relative_to(run.path)): load_shipped(
@@ -290,6 +304,14 @@ def _in_turn(run: Run, job: Any, ended: list[Path]) -> dict[str, float]:
     }
     timed = measure(calls, seconds=TIMING_SECONDS * len(calls))
     return {place: measured.median_ms for place, measured in timed.items()}
+
+
+def _places(folder: Path) -> list[Path]:
+    """Where the networks of a run lie, in the order of its budgets: in another space these have other words."""
+    from netsmith.pipeline import point_name
+
+    front = parse_budgets(load_yaml((folder / "problem.yaml").read_text("utf-8"))["budget"])
+    return [folder / point_name(budgets) for budgets in front] if len(front) > 1 else [folder]
 
 
 # A process for each run: its peak memory is its own, and nothing of one search is left in the next --------------------
@@ -349,6 +371,8 @@ def _search_all(run: Run, say: Say, ground: dict[str, Any]) -> list[dict[str, An
                     if words:
                         failed.append({"method": name, "seed": seed, "error": words})
                         say.line(f"{name}, seed {seed}, failed: {words}")
+                    elif name not in BASELINES and _forget_best_of(run, seed) and ("best_of", seed) not in waiting:
+                        waiting.append(("best_of", seed))
                 else:
                     getattr(say, what)(f"{name}-{seed}: {words[0]}", *words[1:])
     finally:

@@ -137,7 +137,11 @@ def checked(kind: type[Options], data: dict[str, Any], path: str = "") -> Option
         raise UserError(key)
     try:
         # JSON, because strict Python mode takes no dict for a dataclass and no list for a tuple.
-        return TypeAdapter(kind).validate_json(json.dumps(_filled(kind, data), default=str), strict=True)
+        text = json.dumps(_filled(kind, data), default=str)
+    except ValueError:  # YAML can say `a: &here {x: *here}`
+        raise UserError(f"{path or 'a mapping'} holds itself") from None
+    try:
+        return TypeAdapter(kind).validate_json(text, strict=True)
     except ValidationError as errors:
         error = errors.errors()[0]
         where = ".".join([path, *map(str, error["loc"])]).lstrip(".")

@@ -22,6 +22,7 @@ from netsmith.cost.budget import Budget
 from netsmith.cost.device import torch_threads
 from netsmith.decisions import Architecture
 from netsmith.effort import counted, effort
+from netsmith.errors import UserError
 from netsmith.job import Job, Say
 from netsmith.methods import make_method
 from netsmith.prepare import open_run
@@ -168,7 +169,9 @@ def finish(job: Job, front: list[Kept], rivals: Mapping[str, list[dict]], second
         "task": asked["task"],
         "seed": asked["seed"],
         "reference": {key: reference[key] for key in ("metric", "cost")},
-        "baselines": [{key: b[key] for key in ("name", "metric", "cost")} | {"seed": asked["seed"]} for b in baselines],
+        "baselines": [
+            {key: b[key] for key in ("name", "metric", "budgets", "cost")} | {"seed": asked["seed"]} for b in baselines
+        ],
         "device": {
             "name": job.device.name,
             "fingerprint": job.device.fingerprint(),
@@ -294,6 +297,8 @@ def ship(folder: Path, say: Say) -> dict:
     """Export and judge a trained network of a run again: what the gate said. The run's `result.json` stays."""
     folder = folder.absolute()
     place = folder if (folder / "problem.yaml").exists() else folder.parent
+    if not (place / "problem.yaml").exists():
+        raise UserError(f"{folder} is no run of netsmith, nor a network of one")
     with open_run(place) as run:
         job = Job(run, say)
         network = load(folder)

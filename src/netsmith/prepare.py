@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -77,6 +76,8 @@ def check(options: SearchOptions) -> None:
         raise UserError(f"--table-part {options.table_part} was given without --table")
     if options.table and not options.table.is_file():
         raise UserError(f"the table {options.table} does not exist")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"seed is {options.seed}; allowed: 0 to {2**32 - 1}")
     for name, value in (("epochs", options.epochs), ("search_epochs", options.search_epochs)):
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}; allowed: 1 or more")
@@ -94,8 +95,9 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
         task_name = f"folder:{Path(task_name.removeprefix('folder:')).expanduser().absolute()}"
     task = open_task(task_name, options.data, resolution=options.resolution)
     data = options.data
-    if not data and task_name != "digits" and not task_name.startswith("folder:") and "NETSMITH_DATA" in os.environ:
-        data = Path(os.environ["NETSMITH_DATA"])  # who continues the run may have another one
+    if not data and task_name != "digits" and not task_name.startswith("folder:"):
+        found = Path(task.source)  # who continues the run may stand elsewhere, with other files beside
+        data = found if found.is_dir() else found.parent
     space = options.space or default_space(options.method, task.resolution)
     shape = {"classes": task.classes, "channels": task.channels, "resolution": task.resolution}
     device = None if options.table else parse_device(options.device)

@@ -145,16 +145,16 @@ def profile(
 
 def table_error(predicted: list[float], measured: list[float]) -> dict[str, Any]:
     """How far predictions are from measured milliseconds: mean and largest error in percent, and Kendall's tau
-    (None for a single network)."""
+    (None where there is no order: a single network, or equal predictions)."""
     from scipy.stats import kendalltau
 
     errors = [100 * abs(p / m - 1) for p, m in zip(predicted, measured, strict=True)]
-    tau: Any = kendalltau(predicted, measured) if len(measured) > 1 else None
+    tau: float = kendalltau(predicted, measured).statistic if len(measured) > 1 else math.nan  # pyright: ignore
     return {
         "networks": len(measured),
         "mean_percent": sum(errors) / len(errors),
         "largest_percent": max(errors),
-        "kendall_tau": tau and float(tau.statistic),
+        "kendall_tau": float(tau) if math.isfinite(tau) else None,
         "predicted_ms": predicted,
         "measured_ms": measured,
     }

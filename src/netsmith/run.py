@@ -125,8 +125,6 @@ class Run:
         value = _plain(compute())
         end = self.mark()
         self._cut(max(end, self._kept))
-        with _room_for(self.path / "events.jsonl"):
-            os.fsync(self._events.fileno())  # a stored stage must never point behind the end of the events
         _write_json(file, {**stage, "end": end, "value": value})
         self._kept = self._size()
         return json.loads(json.dumps(value))
@@ -181,6 +179,8 @@ class Run:
 
     def mark(self) -> int:
         """Where the next event goes: bytes from the start of events.jsonl. Store it in a checkpoint."""
+        with _room_for(self.path / "events.jsonl"):
+            os.fsync(self._events.fileno())  # what is stored must never point behind the end of the events
         return self._size() if self._at is None else self._at
 
     def rewind(self, mark: int) -> None:
@@ -205,7 +205,7 @@ class Run:
     def discard(self) -> None:
         """Delete the folder, unless something has been searched or trained in it: a run that can have no result."""
         if not {file.stem for file in self.path.glob("stages/*.json")} - {"profile", "reference"}:
-            shutil.rmtree(self.path)
+            shutil.rmtree(self.path, ignore_errors=True)  # what is in it, where it is the current one
 
     def __enter__(self) -> Run:
         return self

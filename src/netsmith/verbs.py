@@ -304,21 +304,23 @@ class Report:
         from netsmith.report.comparison import is_comparison, write_comparison
         from netsmith.report.page import write_report
 
-        if compared := [run for run in self.runs if is_comparison(run)]:
-            if len(self.runs) > 1:
-                raise UserError(f"{compared[0]} is a comparison, which has a page of its own: name it alone")
-            page = str(write_comparison(compared[0], self.out or compared[0] / "report.html"))
-            return Answer({"report": page, "runs": [str(compared[0])], "left_out": []}, [page])
+        def left(run: Path) -> str:
+            """Why a run is left out of the page about several."""
+            if is_comparison(run):
+                return f"a comparison, which has a page of its own: {run} (netsmith report {shlex.quote(str(run))})"
+            if (run / "problem.yaml").is_file() and not (run / "result.json").exists():
+                verb = "compare" if (run / "shared").is_dir() else "search"
+                return f"not finished: {run} (netsmith {verb} --resume {shlex.quote(str(run))})"
+            return ""
 
-        def unfinished(run: Path) -> bool:
-            return (run / "problem.yaml").is_file() and not (run / "result.json").exists()
-
-        runs = [run for run in self.runs if not unfinished(run)] or self.runs
+        if len(self.runs) == 1 and is_comparison(self.runs[0]):
+            page = str(write_comparison(self.runs[0], self.out or self.runs[0] / "report.html"))
+            return Answer({"report": page, "runs": [str(self.runs[0])], "left_out": []}, [page])
+        runs = [run for run in self.runs if not left(run)] or self.runs
         left_out = [run for run in self.runs if run not in runs]
         alone = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
         page = str(write_report(runs, self.out or alone))
-        hints = {run: shlex.join(["netsmith", "search", "--resume", str(run)]) for run in left_out}
-        lines = [f"left out, not finished: {run} ({hint})" for run, hint in hints.items()]
+        lines = [f"left out, {left(run)}" for run in left_out]
         data = {"report": page, "runs": list(map(str, runs)), "left_out": list(map(str, left_out))}
         return Answer(data, [*lines, page])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from synthetic_run import events, front, predicted, result
+from synthetic_run import DEVICE, events, front, predicted, result
 
 from netsmith.errors import UserError
 from netsmith.report.page import write_report
@@ -103,7 +103,7 @@ def test_the_parts_stand_in_order(run_folder: Callable[..., Path], read: Callabl
     places = [words.index(part) for part in order]
     assert places == sorted(places)
     for fact in (
-        "sha256:9f31c2d4aa07",
+        DEVICE,
         "torch 2.13.0+cpu",
         "'latency<=5ms'",
         "temperature: 5.0",
@@ -150,6 +150,18 @@ def test_a_run_that_was_continued_counts_each_epoch_once(
     page = read(folder)
     losses = next(f for f in page.figures if f["layout"]["yaxis"]["title"]["text"] == "loss")
     assert losses["data"][0]["x"] == list(range(30))
+
+
+def test_a_network_trained_anew_for_fewer_epochs_shows_these_alone(
+    run_folder: Callable[..., Path], read: Callable[..., Reader]
+) -> None:
+    folder = run_folder()
+    again = [{"kind": "train_epoch", "which": "found-0", "epoch": epoch, "loss": 0.5} for epoch in (1, 2, 3)]
+    with (folder / "events.jsonl").open("a") as file:
+        file.writelines(json.dumps(event) + "\n" for event in again)
+    page = read(folder)
+    lines = [line for f in page.figures if f["layout"]["yaxis"]["title"]["text"] == "loss" for line in f["data"]]
+    assert [0.5, 0.5, 0.5] in [line["y"] for line in lines]
 
 
 def test_a_damaged_line_of_events_is_one_sentence(run_folder: Callable[..., Path], read: Callable[..., Reader]) -> None:
@@ -339,6 +351,16 @@ def test_runs_of_different_tasks_are_not_compared(run_folder: Callable[..., Path
     words = read(run_folder("first"), run_folder("second", made=other)).words
     assert "Accuracy against latency" in words
     assert "Psnr against latency" in words
+
+
+def test_runs_on_different_devices_are_not_compared(
+    run_folder: Callable[..., Path], read: Callable[..., Reader]
+) -> None:
+    other = result(1)
+    other["device"] = other["device"] | {"fingerprint": "ort-cpu:threads=4 | another"}
+    page = read(run_folder("first"), run_folder("second", made=other))
+    assert page.words.count("Accuracy against latency") == 2
+    assert "ort-cpu:threads=4 | another" in page.words
 
 
 def test_a_front_shows_every_network(run_folder: Callable[..., Path], read: Callable[..., Reader]) -> None:

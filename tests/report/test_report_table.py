@@ -56,6 +56,19 @@ def test_printed() -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+def test_a_baseline_of_a_front_has_a_row_for_each_budget() -> None:
+    made = front()
+    budgets = [member["budgets"] for member in made["front"]]
+    made["baselines"] = [
+        {**baseline, "name": "random", "budgets": budget, "seed": seed}
+        for budget, baseline in zip(budgets, made["baselines"], strict=False)
+        for seed in (0, 1)
+    ]
+    listed = [row.network for row in rows(made) if row.network.kind == "baseline"]
+    assert [network.name for network in listed] == [f"random, latency ≤ {limit} ms" for limit in (3, 5, 7)]
+    assert {network.note for network in listed} == {"mean of 2"}
+
+
 def test_what_a_table_predicts_is_said_to_be() -> None:
     made = predicted(result())
     latency = [row.cells[1] for row in rows(made)]

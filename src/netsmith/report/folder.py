@@ -134,6 +134,9 @@ def _events(path: Path, method: str) -> dict[str, list[dict[str, Any]]]:
             continue
         if kind in ("search_epoch", "removed") and rounds and i > rounds[-1]:
             continue  # a baseline's: the method had searched before its last round
+        if kind == "train_epoch" and event.get("epoch") == 1:  # trained anew, perhaps for fewer epochs
+            which = event.get("which")
+            kinds[kind] = {key: past for key, past in kinds[kind].items() if past.get("which") != which}
         key = tuple(repr(event.get(name)) for name in KEYS[kind])
         kinds[kind].pop(key, None)  # the repetition stands where it was repeated
         kinds[kind][key] = event

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -166,9 +166,13 @@ def mean(group: list[Network]) -> Network:
 
 
 def merged(baselines: list[Network]) -> list[Network]:
-    """One network per baseline name."""
-    names = dict.fromkeys(n.name for n in baselines)
-    return [mean([n for n in baselines if n.name == name]) for name in names]
+    """One network per baseline and budget, which is named where there are several."""
+    groups: dict[tuple[str, str], list[Network]] = {}
+    for network in baselines:
+        groups.setdefault((network.name, asked(network.data)), []).append(network)
+    several = len({budget for _, budget in groups}) > 1
+    named = {key: f"{key[0]}, {key[1]}" if several and key[1] else key[0] for key in groups}
+    return [replace(mean(group), name=named[key]) for key, group in groups.items()]
 
 
 EQUALLY_FAST = 1.02

@@ -128,7 +128,7 @@ def _verdict(folders: list[Folder]) -> dict[str, Any]:
 
 def _setting(folder: Folder) -> tuple[str, str, str]:
     """Runs are compared where these agree: task, metric and device."""
-    device = str(pick(folder.result, "device", "name") or "")
+    device = str(pick(folder.result, "device", "fingerprint") or pick(folder.result, "device", "name") or "")
     return str(pick(folder.result, "task") or ""), metric_name(folder.result), device
 
 

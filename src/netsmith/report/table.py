@@ -40,7 +40,7 @@ class Row:
 
 
 def rows(result: dict[str, Any]) -> list[Row]:
-    """The rows of one run: reference, found, one per baseline (its mean where it was run with several seeds)."""
+    """The rows of one run: reference, found, one per baseline and budget (the mean of several seeds)."""
     listed = networks(result)
     baselines = [n for n in listed if n.kind == "baseline"]
     return arrange([n for n in listed if n.kind != "baseline"] + merged(baselines), columns([result]))
