@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,8 @@ from netsmith.methods import best_of
 from netsmith.methods.best_of import BestOf
 from netsmith.options import CompareOptions
 from netsmith.run import Run, load_yaml, read_events
+from netsmith.search.problem import prefer
+from netsmith.search.sampling import flat
 from netsmith.spaces import open_space
 
 SPACE = {"depth": 1}
@@ -263,6 +266,55 @@ def test_bad_input_is_one_sentence(line, said, capsys, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_search_epochs_are_those_of_the_searches():
+    options = CompareOptions(methods="fbnet", search_epochs=4)
+    assert module.part(options, "fbnet").search_epochs == 4
+    assert [module.part(options, name).search_epochs for name in BASELINES] == [None] * 3
+
+
+def test_best_of_gets_the_seconds_of_the_dearest_search_with_its_own_seed(table, tmp_path):
+    spent = {"fbnet-0": 3.0, "prunet-0": 7.0, "fbnet-1": 9.0, "prunet-1": 4.0, "random-0": 99.0}
+    with prepare_comparison(asked(table, out=tmp_path / "x", methods="fbnet,prunet", seeds=2)) as run:
+        for name, seconds in spent.items():
+            (run.path / name).mkdir()
+            (run.path / name / "result.json").write_text(json.dumps({"effort": {"processor_seconds": seconds}}))
+        for seed, seconds in ((0, 7.0), (1, 9.0)):
+            module._begin(run, {}, "best_of", seed, run.path / f"best_of-{seed}")
+            with Run.open(run.path / f"best_of-{seed}") as own:
+                assert own.problem["method_options"]["processor_seconds"] == seconds
+                assert own.problem["seed"] == seed
+
+
+def test_a_child_aims_at_the_matched_window(tmp_path, monkeypatch):
+    noted, (told, tell) = [], multiprocessing.Pipe(duplex=False)
+    monkeypatch.setattr(pipeline, "search", lambda run, say, *, enough=None: noted.append(enough))
+    monkeypatch.setattr(module, "_die_with", lambda parent: None)
+    monkeypatch.setattr(module.signal, "signal", lambda *_: None)
+    Run.create(tmp_path / "run", {}).close()
+    module._child(tmp_path / "run", tell, 1)
+    assert (told.recv(), noted) == (("ended", ""), [module.MATCHED])
+
+
+def test_all_networks_are_timed_in_turn_in_one_call(tmp_path, monkeypatch):
+    calls = []
+
+    def measure(functions, *, seconds):
+        calls.append(list(functions))
+        return {name: SimpleNamespace(median_ms=float(i)) for i, name in enumerate(functions)}
+
+    monkeypatch.setattr("netsmith.cost.meter.measure", measure)
+    monkeypatch.setattr("netsmith.cost.device.load_shipped", lambda *_: None)
+    monkeypatch.setattr("netsmith.ship.weights.load", lambda place: None)
+    for name in ("fbnet-0", "random-0"):
+        Run.create(tmp_path / name, {"budget": ["params<=60k,100k"]}).close()
+    job = SimpleNamespace(time=1, device=None, task=SimpleNamespace(input_shape=(1, 8, 8)), say=Quiet())
+    ended = [tmp_path / "fbnet-0", tmp_path / "random-0"]
+    found = module._in_turn(SimpleNamespace(path=tmp_path), job, ended)
+    places = [f"{name}/params-{size}" for name in ("fbnet-0", "random-0") for size in ("60k", "100k")]
+    assert calls == [places]
+    assert found == dict(zip(places, (0.0, 1.0, 2.0, 3.0), strict=True))
+
+
 def test_baselines_always_run_and_run_last():
     assert compared(CompareOptions(methods="best_of, prunet,fbnet")) == ["prunet", "fbnet", *BASELINES]
 
@@ -284,7 +336,7 @@ def test_effort_counts_what_a_killed_process_did(tmp_path):
         with pytest.raises(Killed), counted(run, "x"):
             working_until_killed(run)
         first = effort(run, "x")
-        assert first["processor_seconds"] >= 0.1
+        assert first["processor_seconds"] >= 0.09  # a difference of the clock's ticks
         with counted(run, "x"):
             pass
         second = effort(run, "x")
@@ -300,12 +352,13 @@ def test_peak_memory_sees_a_block_that_is_gone():
 
 
 def test_best_of_draws_until_its_seconds_are_spent(tmp_path, monkeypatch):
-    clock, trained = [0.0], []
+    clock, trained, drawn = [0.0], [], []
 
     def training(problem, run, architecture, epochs, stage):
         clock[0] += 2.0
         trained.append(stage)
-        return len(trained) / 10
+        drawn.append(architecture)
+        return [0.1, 0.3, 0.2, 0.0][len(trained) % 4]  # the first of four is the best
 
     monkeypatch.setattr(best_of, "short_training", training)
     monkeypatch.setattr(best_of, "processor_seconds", lambda: clock[0])
@@ -314,7 +367,7 @@ def test_best_of_draws_until_its_seconds_are_spent(tmp_path, monkeypatch):
         with Run.create(tmp_path / "run", {}) as run:
             found = BestOf(processor_seconds=14.0).search(problem, run)
         assert trained == [f"best_of-{i}-0-{k}" for i in (0, 1) for k in range(4)]  # 7 seconds each
-    assert len(found) == 2
+    assert found == [prefer(flat(problem), drawn[4 * i], 1.0) for i in (0, 1)]
 
 
 # Processes of their own -----------------------------------------------------------------------------------------------

@@ -1,7 +1,5 @@
 """Gates: what a draw is, in expectation and in the limits; the traps that FBNet's re-implementations fell into."""
 
-import math
-
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -105,12 +103,6 @@ def test_gradient_is_that_of_the_softmax(name):
     m = weights.detach()
     temperature = 1 if name == "softmax" else 5
     assert torch.allclose(logits.grad, m * (values - m @ values) / temperature, atol=1e-12)
-
-
-def test_temperature_schedule_of_the_paper():
-    # tau starts at 5 and is multiplied by exp(-0.045) in every epoch: 0.0912 in the last of 90.
-    assert 5 * math.exp(-0.045 * 89) == pytest.approx(0.0911, abs=1e-4)
-    assert gates.Gumbel().temperature == 5
 
 
 def test_only_what_is_reached_is_drawn(nested):

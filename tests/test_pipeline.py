@@ -3,6 +3,7 @@
 import csv
 import json
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import netsmith
 from netsmith import pipeline
 from netsmith.architecture import check, loads
-from netsmith.cost.latency import _at, _widths, atoms
+from netsmith.cost.latency import _widths, atoms
 from netsmith.cost.table import entry_key
 from netsmith.errors import UserError
 from netsmith.job import Job
@@ -46,7 +47,7 @@ def table(tmp_path_factory) -> Path:
     rows = {}
     for atom in atoms(space, (1, 8, 8)):
         for width in _widths(atom, {atom.width: space.get_submodule(atom.width).options} if atom.width else {}):
-            part = _at(atom, width)
+            part = atom.module if width is None else atom.at(width)
             rows[entry_key(part, atom.shape)] = 5e-4 + 1e-6 * sum(p.numel() for p in part.parameters())
     file = tmp_path_factory.mktemp("table") / "planted.csv"
     with file.open("w", newline="") as out:
@@ -150,7 +151,7 @@ def test_what_was_found_loads_as_a_plain_network(job):
     assert (folder / "model.onnx").stat().st_size == result["cost"]["file_bytes"]
 
 
-def test_the_search_learned_without_the_test_split(job):
+def test_each_network_is_judged_once_and_after_the_search(job):
     folder, _, _ = job
     kinds = [event["kind"] for event in read_events(folder)]
     assert kinds.count("gate") == 3  # reference, found, random: each touches the test split once
@@ -235,9 +236,14 @@ def test_a_front_has_a_folder_a_budget(table, tmp_path):
 
 
 def test_a_budget_below_the_smallest_network_is_said_before_anything_is_trained(table, tmp_path):
-    with pytest.raises(UserError, match=r"the smallest network needs .*; the nearest that can be kept: latency<=0"):
+    with pytest.raises(UserError, match=r"the smallest network needs .*; the nearest that can be kept: ") as error:
         finish(tmp_path / "run", table, method="prunet", budget=("latency<=0.001x",))
     assert not any(event["kind"] in ("search_epoch", "raced") for event in read_events(tmp_path / "run"))
+    near = str(error.value).rpartition("can be kept: ")[2]
+    assert near.startswith("latency<=0.")
+    with ask(tmp_path / "again", table, method="random", budget=(near,)) as run:
+        job = Job(run, Quiet())
+        pipeline.check_feasible(job, job.problem)  # does not raise
 
 
 @pytest.mark.parametrize("method", ["random", "prunet"])
@@ -275,3 +281,34 @@ def test_the_reference_teaches_where_the_recipe_distils(table, tmp_path, monkeyp
     small, large = result["cost"]["params"], result["reference"]["cost"]["params"]
     assert taught[large] is None
     assert sum(p.numel() for p in taught[small].parameters()) == large
+
+
+def test_the_reference_teaches_under_an_absolute_budget_too(table, tmp_path, monkeypatch):
+    taught = []
+    monkeypatch.setattr(pipeline, "train", lambda *_, teacher, **__: taught.append(teacher is not None))
+    options = {"recipe": RECIPE | {"distillation": 0.5}, "budget": ("params<=100k",)}
+    finish(tmp_path / "run", table, method="capacity", **options)
+    assert taught == [False, True]
+
+
+def test_a_front_is_kept_as_a_whole_and_a_point_ships_under_its_own_budget(table, tmp_path, monkeypatch):
+    judge, kept, seen = pipeline.gate, iter((True, False, True)), []
+
+    def gate(network, file, task, device, budgets, *args, **options):
+        seen.append(budgets[0].limit)
+        return replace(judge(network, file, task, device, budgets, *args, **options), kept=next(kept))
+
+    monkeypatch.setattr(pipeline, "train", lambda *_, **__: None)
+    monkeypatch.setattr(pipeline, "gate", gate)
+    result = finish(tmp_path / "run", table, method="random", budget=("params<=60k,100k",))
+    assert result["kept"] is False
+    pipeline.ship(tmp_path / "run" / "params-100k", Quiet())
+    assert seen == [60e3, 100e3, 100e3]
+
+
+def test_a_run_whose_images_have_changed_is_refused(tmp_path):
+    with (
+        Run.create(tmp_path / "run", {"task": "digits", "images": "others"}) as run,
+        pytest.raises(UserError, match=r"has other images than when .* was started"),
+    ):
+        Job(run, Quiet()).task  # noqa: B018

@@ -158,8 +158,9 @@ class Width(Decision):
     def extent(self) -> tuple[int, Tensor | None]:
         """Channels that exist in this pass, and the mask ``(channels,)`` that mixes several widths, if several run.
 
-        With widths n_i drawn with weights w_i, channel c counts with the sum of the w_i whose n_i exceeds it. As the
-        layer after the mask is linear, this equals the mixture of the separately computed widths (FBNetV2's masks).
+        With widths n_i drawn with weights w_i, channel c counts with the sum of the w_i whose n_i exceeds it. Where the
+        layer after the mask is linear, this equals the mixture of the separately computed widths (FBNetV2's masks);
+        a squeeze there, or batch statistics, make it an approximation.
         """
         indices, weights, _ = self.draw()
         drawn = [self.options[i] for i in indices]

@@ -125,6 +125,8 @@ def test_the_calibration_is_a_price_per_option_again():
     prices = SpaceLatency(raw, layers, weights, calibration).prices
     assert prices.of({"x": "a"}) == pytest.approx(calibration.predict([3.0, 3.0, 150.0]))
     assert prices.of({"x": "b"}) == pytest.approx(calibration.predict([4.0, 2.0, 100.0]))
+    dear_layers = replace(calibration, per_layer=-3.0)  # then a short layer would cost less than none
+    assert SpaceLatency(raw, layers, weights, dear_layers).prices.options == {"x": {"a": 0.0, "b": pytest.approx(3.3)}}
 
 
 class Staircase:

@@ -1,5 +1,7 @@
 import gc
+import json
 import math
+import time
 from collections.abc import Callable
 from itertools import groupby
 
@@ -136,7 +138,8 @@ def test_the_best_outlives_the_process_and_grows_old(tmp_path):
     old = Reference(lambda: None, memory=file, lifetime=-1.0)
     old.recall()
     assert old.best == math.inf
-    for text in ("not json", "[]"):
+    elsewhere = json.dumps({"cpu": "another", "seconds": 1e-9, "when": time.time()})
+    for text in ("not json", "[]", elsewhere):
         file.write_text(text)
         broken = Reference(lambda: None, memory=file)
         broken.recall()

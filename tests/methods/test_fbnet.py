@@ -64,7 +64,6 @@ def test_the_power_acts_on_the_logarithm():
     expectation = torch.tensor(5.0 * math.exp(-1), dtype=torch.float64)
     assert latency_factor(expectation, 5.0, 1.0, 0.6).item() == pytest.approx(1.5157, abs=5e-5)
     assert latency_factor(expectation, 5.0, 0.2, 0.6).item() == pytest.approx(0.2 * 1.5157, abs=1e-5)
-    assert 0.6 * 2 == 1.2
     assert latency_factor(torch.tensor(1e-9), 5.0, 1.0, 0.6).isfinite()  # a latency below the unit is no NaN
 
 
@@ -117,7 +116,6 @@ def test_a_good_operation_beats_a_bad_one_in_under_300_steps(tmp_path):
     prices = Prices(1.0, {"layer": {"good": 1.0, "bad": 1.0}}, "ms")
     problem = problem_of(one_layer, shares=(1.0,), prices=prices, task=stripes(64))
     steps = Steps(epochs=60, warmup_epochs=2, batch_size=8, architecture_rate=0.02)
-    assert 58 * 4 < 300
     with new_run(tmp_path / "run") as run:
         searcher = learn(
             problem,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planted import BRISK, macro, new_run, priced, problem_of, search, stripes
+from planted import BRISK, branched, macro, new_run, priced, problem_of, search, stripes
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +21,7 @@ from netsmith.cost.budget import Budget
 from netsmith.cost.prices import expected
 from netsmith.decisions import Draw, OneOf, Width, decisions
 from netsmith.errors import UserError
+from netsmith.methods import prunet as module
 from netsmith.methods.prunet import PruNet, Pruning
 from netsmith.run import read_events
 from netsmith.search.differentiable import CostLoss, Loop, Steps, learn, remove_option, weights
@@ -407,6 +408,19 @@ def test_the_lowest_goes_first_and_the_others_are_weighed_anew():
     mine = [event for event in events if event["path"] == "body.slim.stage1_0"]
     # 0.32 lies below 0.35, but not its share of what is left, 0.4.
     assert [(event["option"], round(event["probability"], 4)) for event in mine] == [("fused", 0.2)]
+
+
+def test_what_a_rule_needs_is_never_removed():
+    searcher = pruning(build=branched)
+    with torch.no_grad():
+        for decision in decisions(searcher.supernet).values():
+            decision.logits[decision.options.index("on")] = -5.0
+    searcher._prune_blocks(0.4, adam(searcher))
+    left = {path: decision.options for path, decision in decisions(searcher.supernet).items()}
+    rules = searcher.problem.outline.rules
+    assert rules
+    assert all(rule.can_hold(left) for rule in rules)
+    assert sum(options == ["off"] for options in left.values()) > len(left) / 2
 
 
 # Tier 3 -------------------------------------------------------------------------------------------------------------
@@ -845,3 +859,16 @@ def test_the_aim_falls_from_where_the_supernet_starts_to_the_budget():
 def test_the_toy_has_more_than_one_structure():
     shapes, _ = priced(macro, (1, 8, 8))
     assert decisions(shapes)["body"].options == ["slim", "broad"]
+
+
+def test_the_start_stays_in_the_race_and_unopened_layers_stay_still(tmp_path, monkeypatch):
+    problem, seen, draw = problem_of(shares=(0.15,)), {}, module.finalists
+    start = at_budget(problem, problem.budgets[0], torch.Generator().manual_seed(3))  # it skips layers
+    monkeypatch.setattr(PruNet, "_start", lambda *_: start)
+    monkeypatch.setattr(module, "learn", lambda p, run, name, make, steps, **_: make())
+    monkeypatch.setattr(module, "race", lambda p, run, name, entrants, **o: seen.update(o) or [(start, 0.5)])
+    monkeypatch.setattr(module, "finalists", lambda *a, **o: seen.update(o) or draw(*a, **o))
+    with new_run(tmp_path / "run") as run:
+        PruNet(finals=Finals(samples=1)).search(problem, run)
+    assert seen["always"] == [start]
+    assert {path for path, option in start.items() if option == "skip"} <= seen["still"]

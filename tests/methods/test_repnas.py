@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from planted import branched, macro, problem_of, search, stripes, toy_for
+from planted import branched, problem_of, search, stripes, toy_for
 from torch.nn import functional as F
 
 from netsmith.architecture import enumerate_architectures, outline
@@ -304,11 +304,3 @@ def test_the_work_of_a_branch_by_hand():
     assert work["layer1.kxk"] == {"on": 9 * 8 * 8 * images, "off": 0}
     assert work["layer1.1x1_kxk"]["on"] == (9 + 1) * 8 * 8 * images
     assert work["layer2.1xk"]["on"] == 3 * 8 * 12 * images / 4
-
-
-def test_values_of_all_other_spaces_are_what_they_were():
-    problem = problem_of(macro, task=stripes(32))
-    macs = problem.prices["macs"].options
-    prices = [price for row in macs.values() for price in row.values() if price > 0]
-    unit = sum(prices) / len(prices)
-    assert capacity(problem) == {p: {o: math.log1p(x / unit) for o, x in row.items()} for p, row in macs.items()}

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from planted import macro, new_run, problem_of, stripes
+from planted import BRIEF, macro, new_run, problem_of, stripes
 from torch import nn
 
 from netsmith.decisions import OneOf, decisions
@@ -230,3 +230,18 @@ def test_a_space_is_built_the_same_every_time():
     problem = problem_of(macro)
     first, second = problem.build().state_dict(), problem.build().state_dict()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+def test_the_supernet_mirrors_as_the_recipe_says():
+    seen = []
+    for mirror in (False, True):
+        problem = problem_of(task=replace(stripes(64), flip=True), recipe=replace(BRIEF, mirror=mirror))
+        loop = differentiable.Loop(problem, Witness(), Steps(epochs=4, batch_size=64))
+        seen.append(next(loop._batches("train", 0))[0])
+    assert not torch.equal(*seen)
+
+
+def test_every_pass_over_the_search_split_has_an_order_of_its_own():
+    loop = differentiable.Loop(problem_of(task=stripes(64)), Witness(), Steps(epochs=4, batch_size=32))
+    endless = loop._endless("search", 0)
+    assert not torch.equal(next(endless)[1], next(endless)[1])

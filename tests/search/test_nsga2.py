@@ -126,3 +126,13 @@ def test_an_exhausted_space_ends_the_search(tmp_path):
         )
     assert [individual.architecture for individual in living] == [{"0": "b"}, {"0": "a"}]
     assert len(everyone) == 2
+
+
+def test_the_better_parent_wins_the_tournament():
+    best, worst = (dict.fromkeys(SPACE.options, option) for option in "ab")
+    parents, near = [Individual(best, (0.0, 0.0)), Individual(worst, (1.0, 1.0))], 0
+    method, generator = NSGA2(population=20, crossover=0.0), torch.Generator().manual_seed(0)
+    for _ in range(20):
+        children = method._children(SPACE, parents, lambda _: True, (), generator)
+        near += sum(2 * ([*c.values()].count("a") > [*c.values()].count("b")) - 1 for c in children)
+    assert near > 0

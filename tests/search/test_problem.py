@@ -15,9 +15,11 @@ from netsmith.cost.budget import Budget
 from netsmith.cost.memory import PeakMemory
 from netsmith.decisions import OneOf, Rule, Width
 from netsmith.errors import UserError
+from netsmith.search import problem as module
 from netsmith.search.allocate import Infeasible
 from netsmith.search.problem import prefer
 from netsmith.search.sampling import at_budget, capacity, flat
+from netsmith.spaces.nasbench201 import nasbench201
 from netsmith.tasks.classification import TestSplitTouched
 
 
@@ -219,3 +221,25 @@ def test_a_rule_counts_in_what_the_smallest_network_needs():
     only = {path: {"k1": 0.0} for path in problem.outline.options}
     with pytest.raises(Infeasible, match=r"cannot keep the rule that 1 to 2 of branches.b0"):
         problem.allocate(only, [])
+
+
+def test_a_network_within_peak_memory_is_found_where_no_block_alone_is_too_large(monkeypatch):
+    # In a cell the nodes that are alive together take the memory, so that thousands of dear networks are above it.
+    problem = problem_of(functools.partial(nasbench201, 3, 1, 8, cells=1, width=4))
+    memory = Budget("peak_memory", 0.6 * problem.predicted(Budget("peak_memory", 1.0, "B"), problem.reference), "B")
+    monkeypatch.setattr(module, "CUTS", 3)
+    monkeypatch.setattr(module, "CHANGES", 60)
+    found = problem.allocate(capacity(problem), [memory])
+    check(problem.outline, found)
+    assert problem.predicted(memory, found) <= memory.limit
+    least = Budget("peak_memory", 0.7 * memory.limit, "B")
+    with pytest.raises(UserError, match=r"no network within budget: peak_memory <= 2\.15 kB was found"):
+        problem.allocate(capacity(problem), [least])
+
+
+def test_peak_memory_where_a_part_of_the_space_has_been_cut_off():
+    problem = problem_of(shares=(0.2,))
+    memory = Budget("peak_memory", 0.9 * problem.predicted(Budget("peak_memory", 1.0, "B"), problem.reference), "B")
+    slim = {path: row for path, row in capacity(problem).items() if not path.startswith("body.broad.")}
+    slim["body"] = {"slim": slim["body"]["slim"]}
+    assert problem.allocate(slim, [*problem.budgets[0], memory])["body"] == "slim"

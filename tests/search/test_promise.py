@@ -203,11 +203,40 @@ def test_a_table_only_predicts_and_needs_one_round(kept):
     assert 0.97 * limit <= found.measured["latency"] <= limit
 
 
+def test_every_budget_is_measured_and_kept(tmp_path, monkeypatch):
+    problem = problem_of(shares=(0.5,))
+    (latency,), sizes = problem.budgets[0], problem.prices["file"]
+    file = Budget("file", sizes.of(problem.allocate(capacity(problem), [latency])), "B")
+
+    def export(problem, architecture, path):  # a fifth larger than predicted
+        path.write_bytes(bytes(int(1.2 * sizes.of(architecture))))
+        return nn.Identity(), path
+
+    monkeypatch.setattr(promise, "export_untrained", export)
+    with new_run(tmp_path / "run") as run:
+        found = keep(problem, run, "x", capacity(problem), [latency, file], lambda *_: 0.96 * latency.limit)
+    assert 0.9 * file.limit < found.measured["file"] <= file.limit
+
+
 def test_a_kept_promise_is_not_measured_again(kept):
     first, _, _ = kept(0.5, lambda predicted, _: 1.1 * predicted)
     again, _, device = kept(0.5, lambda predicted, _: 1.1 * predicted)
     assert again == first
     assert device.timed == 0
+
+
+def test_a_round_that_was_measured_before_a_kill_is_not_measured_again(kept):
+    def killed(predicted: float, number: int) -> float:
+        if number == 2:
+            raise KeyboardInterrupt
+        return 1.1 * predicted
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(0.5, killed)
+    resumed, _, device = kept(0.5, lambda predicted, _: 1.1 * predicted)
+    undisturbed, _, other = kept(0.5, lambda predicted, _: 1.1 * predicted, name="undisturbed")
+    assert resumed == undisturbed
+    assert device.timed == other.timed - 1
 
 
 def test_every_round_is_an_event(kept, tmp_path):

@@ -144,9 +144,15 @@ def test_a_structure_that_needs_too_much_memory_does_not_race():
     problem = problem_of()
     both = within_each(problem, problem.budgets[1], capacity(problem), ["body"])
     assert {a["body"] for a in both} == {"slim", "broad"}
-    tight = [*problem.budgets[1], Budget("peak_memory", 1.0, "B")]
-    with pytest.raises(Exception, match="peak_memory"):
-        within_each(problem, tight, capacity(problem), ["body"])
+    memory = Budget("peak_memory", 1.0, "B")
+    least = {}  # what the smallest network of each needs
+    for body in ("slim", "broad"):
+        macs = {p: {o: -v for o, v in row.items()} for p, row in problem.prices["macs"].options.items()}
+        small = problem.allocate({**macs, "body": {body: 0.0}}, problem.budgets[1])
+        least[body] = problem.predicted(memory, small)
+    assert least["slim"] < least["broad"]
+    tight = [*problem.budgets[1], replace(memory, limit=0.5 * sum(least.values()))]
+    assert {a["body"] for a in within_each(problem, tight, capacity(problem), ["body"])} == {"slim"}
 
 
 def test_a_structure_that_was_not_solved_in_time_is_no_structure_without_a_network(monkeypatch):

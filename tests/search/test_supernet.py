@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from planted import BRISK, problem_of, search, stripes
+from planted import BRISK, new_run, problem_of, search, stripes
 
 from netsmith.architecture import check
 from netsmith.decisions import decisions
 from netsmith.methods.darts import DARTS, Relaxed
+from netsmith.methods.fbnet import FBNet
+from netsmith.search import supernet
 from netsmith.search.differentiable import Loop, Steps
+from netsmith.search.race import Finals
 from netsmith.spaces.darts import darts
 from netsmith.spaces.nasbench201 import nasbench201
 
@@ -58,3 +61,14 @@ def test_cells_are_searched_within_their_rules_and_the_budget(method, tmp_path):
         found = search(method, tmp_path / build.__name__, problem=problem, steps=steps)
         check(build(), found.architectures[0])
         assert problem.latency.of(found.architectures[0]) <= problem.budgets[0][0].limit
+
+
+def test_a_front_aims_at_its_middle_and_keeps_the_structures_that_won(tmp_path, monkeypatch):
+    problem, made = problem_of(shares=(0.8, 0.2, 0.4)), []
+    monkeypatch.setattr(supernet, "settle", lambda *_: {"body": "slim"})
+    monkeypatch.setattr(supernet, "learn", lambda p, run, name, make, steps: made.append(make()) or made[0])
+    monkeypatch.setattr(supernet, "race", lambda p, run, name, entrants, **_: [(entrants[0], 0.5)])
+    with new_run(tmp_path / "run") as run:
+        values = FBNet(finals=Finals(samples=1)).search(problem, run)
+    assert made[0].targets == {"latency": problem.budgets[2][0].limit}
+    assert all(problem.allocate(v, b)["body"] == "slim" for v, b in zip(values, problem.budgets, strict=True))

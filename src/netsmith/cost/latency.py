@@ -54,10 +54,11 @@ class SpaceLatency:
 
     @property
     def prices(self) -> Prices:
-        """Calibrated milliseconds: all terms of the calibration add up, so it is a price per option again."""
+        """Calibrated milliseconds: all terms of the calibration add up, so it is a price per option again. None is
+        below zero, or what the fit takes off for each layer would make a short one cheaper than none."""
         per = replace(self.calibration, constant=0.0)
         options = {
-            path: {option: per.predict([part.at(path, option) for part in self._parts]) for option in row}
+            path: {option: max(0.0, per.predict([part.at(path, option) for part in self._parts])) for option in row}
             for path, row in self.raw.options.items()
         }
         return Prices(self.calibration.predict([part.constant for part in self._parts]), options, "ms")
@@ -146,7 +147,7 @@ def _parts(found: list[Atom], options: Mapping[str, list[Option]]) -> list[dict[
         widths = _widths(atom, options)
         alike = (*atom.signature, *widths)
         if alike not in built:
-            modules = {width or 0: _at(atom, width) for width in widths}
+            modules = {width or 0: atom.module if width is None else atom.at(width) for width in widths}
             built[alike] = {w: (entry_key(m, atom.shape), m, atom.shape) for w, m in modules.items()}
         rows.append(built[alike])
     return rows
@@ -254,13 +255,6 @@ def _widths(atom: Atom, options: Mapping[str, list[Option]]) -> list[int | None]
         chosen.append(widths[i])
         i += max(1, (i + 1) // 3)
     return [*chosen, *([] if chosen[-1] == widths[-1] else [widths[-1]])]
-
-
-def _at(atom: Atom, width: int | None) -> nn.Module:
-    if width is None:
-        return atom.module
-    with torch.device("meta"):
-        return atom.at(width)
 
 
 def materialised(module: nn.Module) -> nn.Module:

@@ -61,8 +61,9 @@ class Atom:
     """Path of the open width it owns."""
 
     def at(self, width: Option) -> nn.Module:
-        """This block at a fixed width (with fresh weights)."""
-        return self.module.at(width)  # pyright: ignore[reportCallIssue]
+        """This block at a fixed width, without numbers."""
+        with torch.device("meta"):
+            return self.module.at(width)  # pyright: ignore[reportCallIssue]
 
     @property
     def signature(self) -> tuple:
@@ -165,9 +166,7 @@ def _along(price: Price, atom: Atom, widths: tuple[Option, ...]) -> dict[Option,
     priced widths determine it, and a fourth catches prices that are none."""
 
     def at(width: Option) -> float:
-        with torch.device("meta"):
-            block = atom.at(width)
-        return price(block, atom.shape)
+        return price(atom.at(width), atom.shape)
 
     if getattr(price, "counted", False) and len(widths) > 4:
         nodes = [int(widths[i]) for i in (0, len(widths) // 2, -1)]

@@ -25,7 +25,7 @@ from netsmith.gates import fix
 from netsmith.run import Run
 from netsmith.search.differentiable import Searcher, Steps, learn
 from netsmith.search.nsga2 import NSGA2, Individual, ranks
-from netsmith.search.problem import Problem, prefer
+from netsmith.search.problem import LAST_RESORT, Problem, prefer
 from netsmith.search.race import Finals, race, settle
 from netsmith.search.sampling import at_budget, capacity, usage
 from netsmith.search.supernet import restrict
@@ -91,13 +91,13 @@ class PADNAS:
             population, everyone = self._evolve(problem, run, name, searcher, window, best)
             counted = [one.architecture for one in low_ranked(population, self.rank)]
             shares = frequencies(searcher.space, counted)
-            best = [self._ranking(problem, everyone, i)[0] for i in range(len(best))]
+            best = [self._ranking(window, everyone, i)[0] for i in range(len(best))]
             # The search counts as one more epoch: it is the one that made up its mind.
             run.event("search_epoch", search=name, epoch=steps.epochs + 1, **searcher.describe(shares))
             if stage < self.stages - 1:
                 for dropped in searcher.drop(self.rare(searcher.space, counted, spared=best)):
                     run.event("removed", search=name, epoch=steps.epochs + 1, **dropped)
-        found = [self._decide(problem, run, i, shares, everyone) for i in range(len(problem.budgets))]
+        found = [self._decide(problem, run, i, shares, self._ranking(window, everyone, i)) for i in range(len(best))]
         return [without_dropped(values, searcher.space) for values in found]
 
     def schedule(self, stage: int) -> Steps:
@@ -182,16 +182,15 @@ class PADNAS:
 
     # Results ------------------------------------------------------------------------------------------------------
 
-    def _ranking(self, problem: Problem, everyone: Sequence[Individual], number: int) -> list[Architecture]:
+    def _ranking(self, window: Window, everyone: Sequence[Individual], number: int) -> list[Architecture]:
         """Those within a budget, the most accurate first."""
-        budgets = problem.budgets[number]
-        fitting = [one for one in everyone if within(usage(problem, one.architecture, budgets), 1.0)]
+        fitting = [one for one in everyone if within(window.uses(one.architecture)[number], 1.0)]
         return [one.architecture for one in sorted(fitting, key=lambda one: tuple(one.objectives))]
 
     def _decide(
-        self, problem: Problem, run: Run, number: int, shares: Options, everyone: Sequence[Individual]
+        self, problem: Problem, run: Run, number: int, shares: Options, ranking: Sequence[Architecture]
     ) -> Options:
-        entrants = self._ranking(problem, everyone, number)[: self.finals.samples]
+        entrants = ranking[: self.finals.samples]
         best, _ = race(problem, run, f"pad_nas-finalists-{number}", entrants, epochs=self.finals.epochs)[0]
         values = {
             path: {option: shares.get(path, {}).get(option, 0.0) + 0.05 * worth for option, worth in row.items()}
@@ -272,10 +271,11 @@ class SinglePath(Searcher):
 
 
 def without_dropped(values: Options, space: Outline) -> Options:
-    """``values`` with what was dropped far below all else: no correction of a limit brings it back where anything that
-    is left will do."""
+    """``values`` with what was dropped as a last resort: no correction of a limit brings it back where anything that is
+    left will do."""
+    left = space.options
     return {
-        path: {o: value - 1e4 * (path in space.options and o not in space.options[path]) for o, value in row.items()}
+        path: {o: value if o in left.get(path, row) else value + LAST_RESORT for o, value in row.items()}
         for path, row in values.items()
     }
 

@@ -268,7 +268,7 @@ class Pruning(Searcher):
             self.prunodes[path].block, self.prunodes[path].second = nn.Identity(), None
 
     def _prune_blocks(self, threshold: float, optimizer: torch.optim.Optimizer) -> list[dict]:
-        """Tier 2: lowest first, never the last, each removal followed by new probabilities."""
+        """Tier 2: lowest first, never the last nor what a rule needs, each removal followed by new probabilities."""
         events = []
         for path, layer in self.layers().items():
             while len(blocks := [i for i, option in enumerate(layer.options) if option != SKIP]) > 1:
@@ -277,9 +277,18 @@ class Pruning(Searcher):
                 if p[weakest] >= threshold:
                     break
                 option = layer.options[blocks[weakest]]
+                if not self._dispensable(path, option):
+                    break
                 remove_option(layer, option, optimizer)
                 events.append({"path": path, "option": option, "tier": 2, "probability": p[weakest].item()})
         return events
+
+    def _dispensable(self, path: str, option: str) -> bool:
+        """Whether all rules of the space can be kept without the option."""
+        rules = [rule for rule in self.problem.outline.rules if path in rule.paths]
+        alive = decisions(self.supernet) if rules else {}
+        left = {p: [o for o in decision.options if (p, o) != (path, option)] for p, decision in alive.items()}
+        return all(rule.can_hold(left) for rule in rules)
 
     def _prune_layers(self, progress: float, optimizer: torch.optim.Optimizer) -> list[dict]:
         """Tier 3: introduce the depth gates, then decide layer by layer, at most one removal per stage and sweep."""

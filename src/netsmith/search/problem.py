@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from netsmith.architecture import Outline, extreme, outline
+from netsmith.architecture import Outline, extreme, mutate, outline
 from netsmith.cost.budget import Budget, show
 from netsmith.cost.counts import BranchCount, FileBytes, Macs, Params, Shape
 from netsmith.cost.memory import PeakMemory
@@ -26,6 +26,10 @@ COUNTED = {"params": Params(), "macs": Macs(), "file": FileBytes(), "branches": 
 """Costs that add up over layers and need no device."""
 FILL = 0.95
 """The share of a limit that the networks of a search use, where any network can."""
+LAST_RESORT = -1e4
+"""Added to an option's value, it is taken only where no network keeps the budgets without it."""
+CUTS, CHANGES = 30, 300
+"""How long a network within peak memory is looked for: most valuable networks, then changes of the best of them."""
 
 
 @dataclass
@@ -132,17 +136,23 @@ class Problem:
         *,
         least: float = 0.0,
     ) -> Architecture:
-        """The most valuable architecture within ``budgets`` as predicted; an option without a value is out.
+        """The most valuable architecture within ``budgets`` as predicted; an option without a value is out, and one
+        with a value as low as `LAST_RESORT` wherever that is possible.
 
         ``least``: the share of a limit to use, of one limit where there are several. A search whose expected cost is at
         the budget may well have a cheap network as its most probable one: this asks for the most probable one *at* the
         budget. Not asked where no network is there, nor beside peak memory.
 
         Peak memory does not add up. An option whose block alone exceeds the limit is out; if the network as a whole
-        still exceeds it, it is cut off and the knapsack solved again.
+        still exceeds it, it is cut off and the knapsack solved again, and after `CUTS` of them single changes lead from
+        there to a network that keeps it: a good one, no longer the best.
 
         Raises: Infeasible, naming the smallest reachable cost.
         """
+        liked = {path: {o: v for o, v in row.items() if v > LAST_RESORT / 2} for path, row in values.items()}
+        if liked != values:
+            with suppress(Infeasible):
+                return self.allocate(liked, budgets, scale, least=least)
         memory = [budget.limit for budget in budgets if budget.metric == "peak_memory"]
         if memory and (fitting := self._fitting(values, min(memory))) is None:
             raise Infeasible(
@@ -158,12 +168,36 @@ class Problem:
         if not memory:
             return self._filling(values, limits, least)
         forbidden: list[Architecture] = []
-        for _ in range(200):
+        while len(forbidden) < CUTS:
             architecture = allocate(values, limits, self.parents, rules=self.outline.rules, forbidden=forbidden)
             if PeakMemory()(self.plain(architecture), self.input_shape) <= min(memory):
                 return architecture
             forbidden.append(architecture)
-        raise Infeasible(f"no network within peak_memory<={min(memory):g}B found after cutting off {len(forbidden)}")
+        return self._changed(values, limits, min(memory), forbidden[0])
+
+    def _changed(self, values: Options, limits: Sequence[Limit], memory: float, start: Architecture) -> Architecture:
+        """A network within ``limits`` and ``memory``, by random single changes of ``start`` that come nearer to them
+        or, within them, are worth more. Raises: Infeasible."""
+        generator = torch.Generator().manual_seed(0)
+
+        def standing(architecture: Architecture) -> tuple[float, float]:
+            if any(option not in values.get(path, ()) for path, option in architecture.items()):
+                return math.inf, 0.0
+            uses = [limit.prices.of(architecture) / limit.at_most for limit in limits]
+            uses.append(PeakMemory()(self.plain(architecture), self.input_shape) / memory)
+            return max(0.0, *(use - 1 for use in uses)), -math.fsum(values[p][o] for p, o in architecture.items())
+
+        best, at = start, standing(start)
+        for _ in range(CHANGES):
+            other = mutate(self.outline, best, generator)
+            if (there := standing(other)) < at:
+                best, at = other, there
+        if at[0] > 0:
+            raise Infeasible(
+                f"no network within budget: peak_memory <= {show(memory, 'B')} was found, by cutting off {CUTS} and "
+                f"{CHANGES} changes; the nearest exceeds a limit by {100 * at[0]:.2g} %"
+            )
+        return best
 
     def _filling(self, values: Options, limits: Sequence[Limit], least: float) -> Architecture:
         best = allocate(values, limits, self.parents, rules=self.outline.rules)
@@ -187,7 +221,7 @@ class Problem:
             key = signatures[i], width
             if key not in known:
                 atom = self.atoms[i]
-                known[key] = price(atom.module if width is None else _on_meta(atom, width), atom.shape)
+                known[key] = price(atom.module if width is None else atom.at(width), atom.shape)
             return known[key]
 
         return alone
@@ -201,15 +235,22 @@ class Problem:
         ]
         return max(self._memory_alone(i, width) for i, width in active)
 
+    def _parts_of(self, values: Options) -> list[tuple[int, Atom]]:
+        """The atoms with their numbers, but for those of a part of the space that ``values`` leave out."""
+        deciding = [atom.width or (atom.owner and atom.owner[0]) for atom in self.atoms]
+        return [(i, self.atoms[i]) for i, path in enumerate(deciding) if path is None or path in values]
+
     def _fitting(self, values: Options, memory: float) -> Options | None:
         """Without the options whose block alone exceeds ``memory``; None where a decision has no option left."""
         fitting = {path: dict(row) for path, row in values.items()}
-        for i, atom in enumerate(self.atoms):
+        for i, atom in self._parts_of(values):
             if atom.width is not None:
                 widths = sorted(fitting[atom.width])  # a wider block needs no less
                 fits = bisect_left(widths, True, key=lambda n, i=i: self._memory_alone(i, n) > memory)
                 fitting[atom.width] = {n: fitting[atom.width][n] for n in widths[:fits]}
-            elif atom.owner is not None and self._memory_alone(i, None) > memory:
+            elif self._memory_alone(i, None) > memory:
+                if atom.owner is None:
+                    return None
                 fitting[atom.owner[0]].pop(atom.owner[1], None)
         # An option whose inner decision has nothing left is out as well, from the inside outwards.
         for path in reversed(list(fitting)):
@@ -217,13 +258,13 @@ class Problem:
                 if path not in self.parents:
                     return None
                 outer, option = self.parents[path]
-                fitting[outer].pop(option, None)
+                fitting.get(outer, {}).pop(option, None)
         return fitting
 
     def _least_memory(self, values: Options) -> float:
         """Peak memory of a small network: one within the lowest limit under which every block alone is."""
-        narrowest = [min(values[atom.width]) if atom.width is not None else None for atom in self.atoms]
-        limits = sorted({self._memory_alone(i, width) for i, width in enumerate(narrowest)})
+        narrowest = {i: None if atom.width is None else min(values[atom.width]) for i, atom in self._parts_of(values)}
+        limits = sorted({self._memory_alone(i, width) for i, width in narrowest.items()})
         least = limits[bisect_left(limits, True, key=lambda limit: self._fitting(values, limit) is not None)]
         fitting = _reachable(self._fitting(values, least) or values, self.parents)
         prices = _restricted(self.prices["macs"], fitting).options
@@ -243,11 +284,6 @@ def _reachable(values: Options, parents: Mapping[str, tuple[str, str]]) -> Optio
 def _restricted(prices: Prices, values: Options) -> Prices:
     options = {path: {option: prices.at(path, option) for option in row} for path, row in values.items()}
     return replace(prices, options=options)
-
-
-def _on_meta(atom: Atom, width: Option) -> nn.Module:
-    with torch.device("meta"):
-        return atom.at(width)
 
 
 def prefer(values: Options, architecture: Mapping[str, Option], weight: float) -> Options:

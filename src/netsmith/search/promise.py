@@ -87,7 +87,7 @@ def _keep(
     def worth(measured: dict[str, float]) -> float:
         """The largest share of a budget that is used: who uses more of it is the better network, but for tight ones."""
         tight = time and any(b.metric == "latency" and measured[b.metric] > TIGHT * b.limit for b in budgets)
-        return ENOUGH - 0.01 if tight else max(measured[b.metric] / b.limit for b in budgets)
+        return ENOUGH - 0.01 if tight else max((measured[b.metric] / b.limit for b in budgets), default=1.0)
 
     scale = {budget.metric: AIM if _measurable(budget, time) else 1.0 for budget in budgets}
     best: Kept | None = None
@@ -108,9 +108,12 @@ def _keep(
         previous, measurings = architecture, number
         predicted = {b.metric: problem.predicted(b, architecture) for b in budgets}
         if number == 1:  # a corrected limit is to be used as far as what the method found uses the limit
-            least = min(FILL, max(predicted[b.metric] / (b.limit * scale[b.metric]) for b in budgets))
-        network, file = export_untrained(problem, architecture, run.path / "untrained.onnx")
-        measured = {b.metric: _measured(b, predicted[b.metric], network, file, time) for b in budgets}
+            used = [predicted[b.metric] / (b.limit * scale[b.metric]) for b in budgets]
+            least = min(FILL, max(used, default=0.0))
+        measured = run.once(
+            f"promise-{name}-{number}",
+            lambda a=architecture, p=predicted: _tried(problem, run, a, budgets, p, time),
+        )
         broken = [b for b in budgets if not within(measured[b.metric], b.limit)]
         for b in budgets:
             run.event(
@@ -139,6 +142,19 @@ def _keep(
     if best is None:
         raise PromiseBroken(f"no exported network kept its budget in {measurings} rounds: {worst}")
     return Kept(best.architecture, best.predicted, best.measured, measurings)
+
+
+def _tried(
+    problem: Problem,
+    run: Run,
+    architecture: Architecture,
+    budgets: Sequence[Budget],
+    predicted: dict[str, float],
+    time: Timer | None,
+) -> dict[str, float]:
+    """What the file of an architecture takes of each budget's metric."""
+    network, file = export_untrained(problem, architecture, run.path / "untrained.onnx")
+    return {b.metric: _measured(b, predicted[b.metric], network, file, time) for b in budgets}
 
 
 def _corrected(points: Sequence[tuple[float, float]], limit: float) -> float:

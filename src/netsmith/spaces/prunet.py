@@ -56,8 +56,8 @@ def prunet(
     to sample, build it without numbers: ``with torch.device("meta"): prunet()``. Skip is offered only where the shape
     does not change.
 
-    Args: ``step`` channels between offered widths; ``drop_path`` rate at the last layer, growing linearly from 0
-    (0.2 in the released training).
+    Args: ``step`` channels between offered widths; ``drop_path`` rate below which the layers' rates stay, growing
+    linearly from 0 (0.2 in the released training).
 
     Raises: UserError below 128 px, where the stride of 64 leaves less than 2x2 pixels.
     """
