@@ -158,7 +158,7 @@ def test_sets_only_shrink_and_nobody_is_outside_of_window_or_set(seed, tmp_path)
 
 
 def test_what_is_scored_counted_and_spared(tmp_path, monkeypatch):
-    """Errors are those of inherited weights on `search`; ranks below 10 are counted; every budget keeps a network."""
+    """Errors are those of inherited weights on `search`; low ranks are counted; every budget keeps a network."""
     problem, noted, kept = problem_of(task=stripes(64)), [], PADNAS.rare
     monkeypatch.setattr(
         PADNAS,

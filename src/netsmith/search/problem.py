@@ -26,7 +26,7 @@ COUNTED = {"params": Params(), "macs": Macs(), "file": FileBytes(), "branches": 
 """Costs that add up over layers and need no device."""
 FILL = 0.95
 """The share of a limit that the networks of a search use, where any network can."""
-LAST_RESORT = -1e4
+LAST_RESORT = -1e9
 """Added to an option's value, it is taken only where no network keeps the budgets without it."""
 CUTS, CHANGES = 30, 300
 """How long a network within peak memory is looked for: most valuable networks, then changes of the best of them."""
@@ -149,10 +149,14 @@ class Problem:
 
         Raises: Infeasible, naming the smallest reachable cost.
         """
-        liked = {path: {o: v for o, v in row.items() if v > LAST_RESORT / 2} for path, row in values.items()}
+        liked = {path: {o: v for o, v in row.items() if v > LAST_RESORT / 2} or row for path, row in values.items()}
         if liked != values:
             with suppress(Infeasible):
                 return self.allocate(liked, budgets, scale, least=least)
+            values = {  # still the last, but no longer so far off that the solver sees nothing else
+                path: {o: v if v > LAST_RESORT / 2 else v - LAST_RESORT - 1e4 for o, v in row.items()}
+                for path, row in values.items()
+            }
         memory = [budget.limit for budget in budgets if budget.metric == "peak_memory"]
         if memory and (fitting := self._fitting(values, min(memory))) is None:
             raise Infeasible(
