@@ -53,9 +53,11 @@ class Limit:
     name: str = "price"
     """What is limited, for messages."""
 
+    def price(self, architecture: Mapping[str, Option]) -> float:
+        return _total(self.prices.options, architecture) + self.prices.constant
+
     def holds(self, architecture: Mapping[str, Option]) -> bool:
-        price = _total(self.prices.options, architecture) + self.prices.constant
-        return self.low - self.slack <= price <= self.at_most + self.slack
+        return self.low - self.slack <= self.price(architecture) <= self.at_most + self.slack
 
     @property
     def low(self) -> float:

@@ -187,7 +187,7 @@ class Problem:
         def standing(architecture: Architecture) -> tuple[float, float]:
             if any(option not in values.get(path, ()) for path, option in architecture.items()):
                 return math.inf, 0.0
-            uses = [limit.prices.of(architecture) / limit.at_most for limit in limits]
+            uses = [limit.price(architecture) / limit.at_most for limit in limits]
             uses.append(PeakMemory()(self.plain(architecture), self.input_shape) / memory)
             return max(0.0, *(use - 1 for use in uses)), -math.fsum(values[p][o] for p, o in architecture.items())
 
