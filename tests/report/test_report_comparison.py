@@ -103,6 +103,17 @@ def test_latencies_are_those_timed_in_turn():
     )["budgets"][0]
     assert found["rows"][0]["latency_ms"] == 4.81
     assert found["latency_spread_percent"] == pytest.approx(100 * (4.91 / 4.81 - 1))
+    small = summary(
+        [*parts, part("repnas", 0, 0.7, 1.2)],
+        spaces={"repnas": "repvgg_small"},
+        failed=[],
+        budgets=[{"asked": "x", "limits": []}],
+        methods=["fbnet", "random", "repnas"],
+        baselines=BASELINES,
+        seeds=1,
+    )["budgets"][0]
+    assert small["rows"][2]["latency_ms"] < 2
+    assert small["latency_spread_percent"] == found["latency_spread_percent"]
     parts = [{**one, "in_turn_ms": []} for one in parts]  # from a table, or not timed
     asked = [{"asked": "x", "limits": []}]
     again = summary(parts, failed=[], budgets=asked, methods=["fbnet"], spaces={}, baselines=(), seeds=1)

@@ -66,7 +66,7 @@ def summary(
     tables = []
     for place, budget in enumerate(budgets):
         rows = [_row(name, [p for p in parts if p["method"] == name], place, name in baselines) for name in methods]
-        tables.append(budget | _judged([row for row in rows if row["points"]], metric))
+        tables.append(budget | _judged([row for row in rows if row["points"]], metric, spaces))
     notes = []
     if seeds < FEW:
         what = "One seed says" if seeds == 1 else f"{seeds} seeds say"
@@ -119,13 +119,15 @@ def _row(method: str, parts: Sequence[dict[str, Any]], place: int, baseline: boo
     }
 
 
-def _judged(rows: list[dict[str, Any]], metric: str) -> dict[str, Any]:
-    """The rows, and how each method stands to the best baseline."""
+def _judged(rows: list[dict[str, Any]], metric: str, elsewhere: Mapping[str, str]) -> dict[str, Any]:
+    """The rows, and how each method stands to the best baseline. Those that searched ``elsewhere`` may have had nothing
+    as large as the budget, so their latencies are not among those that have to be alike."""
     known = [row for row in rows if row["baseline"] and row["score"] is not None]
     best = max(known, key=lambda row: row["score"], default=None)
     for row in rows:
         row["lead"] = None if row["baseline"] or best is None else _lead(row, best, metric)
-    times = [point["latency_ms"] for row in rows for point in row["points"] if point["latency_ms"] is not None]
+    alike = [row for row in rows if row["method"] not in elsewhere]
+    times = [point["latency_ms"] for row in alike for point in row["points"] if point["latency_ms"] is not None]
     return {
         "rows": rows,
         "best_baseline": best and best["method"],
@@ -242,7 +244,7 @@ def sentences(table: dict[str, Any]) -> list[str]:
     said = [row["lead"]["sentence"] for row in table["rows"] if row["lead"]]
     if (spread := table["latency_spread_percent"]) is not None:
         far = ": more than 2 %, so they are not compared at one latency (see how much of the limit each uses)"
-        said.append(f"Latencies lie up to {spread:.1f} % apart{far if spread > MATCHED_PERCENT else ''}.")
+        said.append(f"Latencies of one space lie up to {spread:.1f} % apart{far if spread > MATCHED_PERCENT else ''}.")
     return said
 
 
