@@ -373,3 +373,25 @@ def test_reinforce_counts_what_was_drawn_and_nothing_else():
             if active:
                 by_hand -= torch.tensor(float(len(decision.options))).log().item()
         assert searcher._log_probability().item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_by_default_one_architecture_step_comes_before_every_fifth_of_the_weights():
+    steps = replace(ProxylessNAS().steps, batch_size=16, warmup_epochs=0)
+    problem = problem_of(task=stripes(11 * 16))
+    done = []
+
+    class Counted(Gated):
+        def weight_step(self, loop, batch):
+            done.append("weights")
+            return super().weight_step(loop, batch)
+
+        def architecture_step(self, loop, batch, beside):
+            done.append("architecture")
+            return super().architecture_step(loop, batch, beside)
+
+    loop = Loop(problem, Counted(ProxylessNAS(), problem, problem.budgets[0], []), steps)
+    loop.train_epoch(seed=0)
+    batches = done.count("weights")
+    assert batches >= 6
+    order = [name for step in range(batches) for name in (["architecture"] * (step % 5 == 0) + ["weights"])]
+    assert done == order
