@@ -193,7 +193,7 @@ def cells(row: dict[str, Any], table: dict[str, Any], metric: str) -> list[tuple
         shares = dict.fromkeys(f"{ms / limit:.3f}" for ms in (low, high)) if limit else ()
         used = f"{'–'.join(shares)} of limit" if limit else ""
     used = ", ".join(filter(None, ("predicted" if row["predicted"] else "", used)))
-    trainings = f"{row['trainings']:g} short trainings" if row["trainings"] else ""
+    trainings = f"{row['trainings']:.3g} short trainings" if row["trainings"] else ""
     n = len(row["points"])
     return [
         (metric, text, f"{n} seed{'s' if n > 1 else ''}"),
