@@ -56,7 +56,7 @@ def test_a_key_is_what_makes_the_layer_again():
     layers = [layer for layer, *_ in BY_HAND] + [
         Pool(8, "max", norm=True),
         Classifier(8, 3),
-        Classifier(8, 3, norm=True),
+        Classifier(8, 3, bn=True),
     ]
     layers += [SepConv(8, 8, 5, affine=False), Zero(), DilConv(8, 8, 3, dilation=1)]
     names = {kind.__name__: kind for kind in (ReluConvBn, DilConv, SepConv, FactorizedReduce, Pool, Zero, Classifier)}

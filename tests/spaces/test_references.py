@@ -12,25 +12,8 @@ from netsmith.cost.counts import Macs, Params
 from netsmith.decisions import derive
 from netsmith.errors import UserError
 from netsmith.spaces import prunet, references
-from netsmith.spaces.references import fitting_strides, gpunet, mobilenet_v2, mobilenet_v3
-
-COUNTS = [
-    # GPUNet: parameters [prunet.md], GMAC [efficientnet.md]
-    ("0", 11_885_432, 3.309),
-    ("1", 12_704_192, 3.375),
-    ("2", 25_798_704, 8.709),
-    ("p0", 22_815_080, 1.870),
-    ("p1", 39_905_672, 3.242),
-]
-
-
-@pytest.mark.parametrize(("variant", "params", "gmacs"), COUNTS)
-def test_gpunets_to_the_unit(variant, params, gmacs):
-    with torch.device("meta"):
-        network = gpunet(variant)
-    size = references.GPUNET_RESOLUTIONS[variant]
-    assert Params()(network, (3, size, size)) == params
-    assert round(Macs()(network, (3, size, size)) / 1e9, 3) == gmacs
+from netsmith.spaces.networks import gpunet
+from netsmith.spaces.references import fitting_strides, mobilenet_v2, mobilenet_v3
 
 
 @pytest.mark.parametrize("variant", ["p0", "p1"])

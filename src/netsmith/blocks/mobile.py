@@ -7,12 +7,14 @@ canonical text that is also its key in a latency table.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from netsmith.blocks.norms import ProxyNorm, make_norm
 from netsmith.decisions import Width
 from netsmith.errors import UserError
 
@@ -32,8 +34,24 @@ def make_divisible(value: float, divisor: int = 8) -> int:
     return rounded + divisor if rounded < 0.9 * value else rounded
 
 
+def pad_same(x: Tensor, kernel: int, stride: int) -> Tensor:
+    """Zeros around ``x`` as TensorFlow's "SAME" has them: the odd one, where there is one, behind and below.
+
+    With stride 2 an even size gets (0, 1) for kernel 3 and (1, 2) for kernel 5, where PyTorch's padding has (1, 1) and
+    (2, 2): the same shapes, other numbers.
+    """
+    sides: list[int] = []
+    for size in (x.shape[-1], x.shape[-2]):
+        total = max(0, (math.ceil(size / stride) - 1) * stride + kernel - size)
+        sides += [total // 2, total - total // 2]
+    return F.pad(x, sides)
+
+
 class ConvBn(nn.Module):
-    """Convolution, batch norm, activation. ``narrow`` runs the first channels only."""
+    """Convolution, norm, activation. ``narrow`` runs the first channels only.
+
+    ``norm`` is one of `netsmith.blocks.norms.NORMS`; with ``same`` a stride pads as in TensorFlow (`pad_same`).
+    """
 
     def __init__(
         self,
@@ -44,25 +62,46 @@ class ConvBn(nn.Module):
         stride: int = 1,
         groups: int = 1,
         act: str = "relu",
+        norm: str = "batch",
+        same: bool = False,
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.text = _text(ConvBn, inputs, outputs, kernel=kernel, stride=stride, groups=groups, act=act)
-        padding = kernel // 2
+        shown = {"kernel": kernel, "stride": stride, "groups": groups, "act": act, "norm": norm, "same": same}
+        self.text = _text(ConvBn, inputs, outputs, **shown)
+        self.same = same and stride > 1
+        padding = 0 if self.same else kernel // 2
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False)
-        self.bn = nn.BatchNorm2d(outputs, eps=eps)
-        self.act = _activation(act)
+        self.bn = make_norm(norm, outputs, eps=eps, linear=act == "none")
+        self.act = activation(act)
+        if norm.endswith("proxy") and act != "none":
+            self.act = ProxyNorm(outputs, self.act)
         if not self.conv.weight.is_meta:  # there it would draw nothing, slowly
             nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.bn(self.conv(x)))
+        return self.act(self.normalised(x))
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """What goes into the activation."""
+        if self.same:
+            x = pad_same(x, self.conv.kernel_size[0], self.conv.stride[0])
+        return self.bn(self.conv(x))
+
+    def unscaled(self, x: Tensor) -> tuple[Tensor, Tensor | float]:
+        """The output without the last factor of a proxy-normalised activation, and that factor; 1 for any other."""
+        x = self.normalised(x)
+        return self.act.unscaled(x) if isinstance(self.act, ProxyNorm) else (self.act(x), 1.0)
 
     def narrow(self, x: Tensor, inputs: int, outputs: int) -> Tensor:
         """This layer restricted to its first ``inputs`` and ``outputs`` channels; ``x`` already has ``inputs``."""
         weight, groups = self._sliced_weight(inputs, outputs)
+        if self.same:
+            x = pad_same(x, self.conv.kernel_size[0], self.conv.stride[0])
         y = F.conv2d(x, weight, None, self.conv.stride, self.conv.padding, groups=groups)
         bn = self.bn
+        if not isinstance(bn, nn.BatchNorm2d):
+            raise ValueError("only layers with batch norm have an open width")
         if self.training and bn.num_batches_tracked is not None:
             bn.num_batches_tracked.add_(1)
         assert bn.running_mean is not None
@@ -83,6 +122,8 @@ class ConvBn(nn.Module):
         """Take over the first channels of ``wide``."""
         outputs, inputs = self.conv.weight.shape[:2]
         self.conv.weight.copy_(wide.conv.weight[:outputs, :inputs])
+        assert isinstance(self.bn, nn.BatchNorm2d)
+        assert isinstance(wide.bn, nn.BatchNorm2d)
         _copy_bn(self.bn, wide.bn)
 
     def __repr__(self) -> str:
@@ -98,12 +139,13 @@ class SqueezeExcite(nn.Module):
     def __init__(self, channels: int, reduced: int, *, act: str = "relu", gate: str = "sigmoid") -> None:
         super().__init__()
         self.reduce = nn.Conv2d(channels, reduced, 1)
-        self.act = _activation("relu" if gate == "hard" else act)
+        self.act = activation("relu" if gate == "hard" else act)
         self.expand = nn.Conv2d(reduced, channels, 1)
         self.gate = GATES[gate]()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gate(self.expand(self.act(self.reduce(x.mean((2, 3), keepdim=True)))))
+    def forward(self, x: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+        """``factor`` is still missing in ``x``: what is squeezed does not have it, what comes out does."""
+        return x * (factor * self.gate(self.expand(self.act(self.reduce(x.mean((2, 3), keepdim=True))))))
 
     def narrow(self, x: Tensor, channels: int) -> Tensor:
         reduced = F.conv2d(x.mean((2, 3), keepdim=True), self.reduce.weight[:, :channels], self.reduce.bias)
@@ -141,14 +183,9 @@ class _Inverted(nn.Module):
         reduced = options["squeeze"]
         gate = options.get("gate", "sigmoid")
         self.squeeze = SqueezeExcite(self.width, reduced, act=options["act"], gate=gate) if reduced else None
-        self.project = ConvBn(self.width, outputs, groups=options.get("groups", 1), act="none", eps=options["eps"])
-        rate = options["drop_path"]
-        if rate and self.residual:
-            from timm.layers.drop import DropPath
-
-            self.drop_path = DropPath(rate)
-        else:
-            self.drop_path = nn.Identity()
+        plain = {"norm": options["norm"], "eps": options["eps"]}
+        self.project = ConvBn(self.width, outputs, groups=options.get("groups", 1), act="none", **plain)
+        self.drop_path = drop_path_of(options["drop_path"] if self.residual else 0.0)
 
     def opening(self) -> list[ConvBn]:
         raise NotImplementedError
@@ -157,10 +194,15 @@ class _Inverted(nn.Module):
         """The block without its residual sum."""
         if "hidden" in self._modules:
             return self.body_at(x, *self.hidden.extent())
-        for layer in self.opening():
+        *first, last = self.opening()
+        for layer in first:
             x = layer(x)
-        if self.squeeze is not None:
-            x = self.squeeze(x)
+        if self.squeeze is None:
+            x = last(x)
+        elif self.options["delay_scale"]:
+            x = self.squeeze(*last.unscaled(x))
+        else:
+            x = self.squeeze(last(x))
         return self.project(x)
 
     def body_at(self, x: Tensor, width: int, mask: Tensor | None = None) -> Tensor:
@@ -209,9 +251,13 @@ class MBConv(_Inverted):
 
     Args: ``hidden`` channels between the 1x1 convolutions (a number or an open `Width`); ``groups`` of both 1x1
     convolutions, with a channel shuffle after the first; ``squeeze`` reduced channels of squeeze-excite, 0 for none,
-    and its ``gate``; ``expand=False`` leaves out the first 1x1 (only where ``hidden == inputs``).
+    and its ``gate``; ``expand=False`` leaves out the first 1x1 (only where ``hidden == inputs``); ``group_size``
+    channels in each group of the kxk convolution, 1 for depthwise, with ``hidden // group_size`` groups, one at least
+    (Masters et al. 2021, arXiv:2106.03640); ``norm`` and ``same`` as in `ConvBn`; ``delay_scale``: the squeeze sees
+    a proxy-normalised activation without its last factor, which then multiplies the gate (graphcore/examples v2.1.0).
 
-    Raises: UserError for an open width with groups, or with ``expand=False``.
+    Raises: UserError for an open width with groups, with ``expand=False`` or with a norm other than batch norm, and
+    for a width that its groups do not divide.
     """
 
     def __init__(
@@ -227,17 +273,28 @@ class MBConv(_Inverted):
         gate: str = "sigmoid",
         act: str = "relu",
         expand: bool = True,
+        group_size: int = 1,
+        norm: str = "batch",
+        same: bool = False,
+        delay_scale: bool = False,
         eps: float = 1e-5,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__({k: v for k, v in locals().items() if k not in ("self", "__class__")})
-        if groups > 1 and isinstance(hidden, Width):
-            raise UserError("a grouped MBConv cannot have an open width: slicing would cross the groups")
+        if isinstance(hidden, Width) and (groups > 1 or group_size > 1 or norm != "batch"):
+            raise UserError(
+                "an MBConv with an open width has batch norm and no groups: slicing would cross groups; given "
+                f"groups={groups}, group_size={group_size}, norm={norm!r}"
+            )
         if not expand and hidden != inputs:
             raise UserError(f"an MBConv without expansion keeps its {inputs} channels; given hidden={hidden}")
-        self.expand = ConvBn(inputs, self.width, groups=groups, act=act, eps=eps) if expand else None
+        parts = max(self.width // group_size, 1)
+        if self.width % parts:
+            raise UserError(f"{self.width} channels do not divide into {parts} groups (of {group_size} or more)")
+        plain = {"act": act, "norm": norm, "eps": eps}
+        self.expand = ConvBn(inputs, self.width, groups=groups, **plain) if expand else None
         self.shuffle = nn.ChannelShuffle(groups) if groups > 1 else nn.Identity()
-        self.depthwise = ConvBn(self.width, self.width, kernel, stride=stride, groups=self.width, act=act, eps=eps)
+        self.depthwise = ConvBn(self.width, self.width, kernel, stride=stride, groups=parts, same=same, **plain)
 
     def opening(self) -> list[ConvBn]:
         return [self.depthwise] if self.expand is None else [self.expand, self.depthwise]
@@ -262,43 +319,62 @@ class FusedMBConv(_Inverted):
         stride: int = 1,
         squeeze: int = 0,
         act: str = "relu",
+        norm: str = "batch",
+        same: bool = False,
+        delay_scale: bool = False,
         eps: float = 1e-5,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__({k: v for k, v in locals().items() if k not in ("self", "__class__")})
-        self.expand = ConvBn(inputs, self.width, kernel, stride=stride, act=act, eps=eps)
+        self.expand = ConvBn(inputs, self.width, kernel, stride=stride, act=act, norm=norm, same=same, eps=eps)
 
     def opening(self) -> list[ConvBn]:
         return [self.expand]
 
 
 class Head(nn.Module):
-    """1x1 convolution, global mean, dropout, linear classifier."""
+    """1x1 convolution, global mean, dropout, linear classifier.
+
+    ``norm`` as in `ConvBn`; with ``delay_scale`` a proxy-normalised activation is left without its last factor, which
+    the classifier can learn as well.
+    """
 
     def __init__(
-        self, inputs: int, features: int, classes: int, *, act: str = "relu", dropout: float = 0.0, eps: float = 1e-5
+        self,
+        inputs: int,
+        features: int,
+        classes: int,
+        *,
+        act: str = "relu",
+        norm: str = "batch",
+        delay_scale: bool = False,
+        dropout: float = 0.0,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.text = _text(Head, inputs, features, classes=classes, act=act)
-        self.conv = ConvBn(inputs, features, act=act, eps=eps)
+        shown = {"classes": classes, "act": act, "norm": norm, "delay_scale": delay_scale}
+        self.text = _text(Head, inputs, features, **shown)
+        self.delay_scale = delay_scale
+        self.conv = ConvBn(inputs, features, act=act, norm=norm, eps=eps)
         self.dropout = nn.Dropout(dropout)
         self.linear = nn.Linear(features, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear(self.dropout(self.conv(x).mean((2, 3))))
+        x = self.conv.unscaled(x)[0] if self.delay_scale else self.conv(x)
+        return self.linear(self.dropout(x.mean((2, 3))))
 
     def __repr__(self) -> str:
         return self.text
 
 
 class Classifier(nn.Module):
-    """Batch norm and ReLU (with ``norm``), global mean, linear classifier."""
+    """Batch norm and ReLU (with ``bn``), global mean, linear classifier."""
 
-    def __init__(self, inputs: int, classes: int, *, norm: bool = False) -> None:
+    def __init__(self, inputs: int, classes: int, *, bn: bool = False) -> None:
         super().__init__()
-        self.text = _text(Classifier, inputs, classes, norm=norm)
-        self.bn = nn.BatchNorm2d(inputs) if norm else nn.Identity()
-        self.act = nn.ReLU() if norm else nn.Identity()
+        self.text = _text(Classifier, inputs, classes, bn=bn)
+        self.bn = nn.BatchNorm2d(inputs) if bn else nn.Identity()
+        self.act = nn.ReLU() if bn else nn.Identity()
         self.linear = nn.Linear(inputs, classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -316,7 +392,11 @@ DEFAULTS = {
     "act": "relu",
     "expand": True,
     "affine": True,
-    "norm": False,
+    "bn": False,
+    "group_size": 1,
+    "norm": "batch",
+    "same": False,
+    "delay_scale": False,
 }
 
 
@@ -325,7 +405,16 @@ def _text(kind: type, inputs: int, outputs: int, **options: Any) -> str:
     return f"{kind.__name__}({', '.join([str(inputs), str(outputs), *shown])})"
 
 
-def _activation(name: str) -> nn.Module:
+def drop_path_of(rate: float) -> nn.Module:
+    """Stochastic depth of a residual branch (Huang et al. 2016): an image goes without it with that probability."""
+    if not rate:
+        return nn.Identity()
+    from timm.layers.drop import DropPath
+
+    return DropPath(rate)
+
+
+def activation(name: str) -> nn.Module:
     kind = ACTIVATIONS[name]
     return kind() if kind is nn.Identity else kind(inplace=True)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from netsmith.blocks.mobile import ConvBn, _activation, _text
+from netsmith.blocks.mobile import ConvBn, _text, activation
 from netsmith.decisions import Decision, OneOf, Rule
 from netsmith.errors import UserError, unknown
 
@@ -157,7 +157,7 @@ class Branches(nn.Module):
         for kind in kinds:
             self.add_module(kind, OneOf({"on": build[kind](), "off": Zero()}))
         self.identity = nn.BatchNorm2d(outputs, eps=eps) if stride == 1 and inputs == outputs else None
-        self.act = _activation(act)
+        self.act = activation(act)
         if self.identity is None:
             self.rules = (Rule(self.kinds, "off", 1, len(self.kinds)),)
 

@@ -62,7 +62,7 @@ class _Network(nn.Module):
         self.stem = ConvBn(channels, width, 3, act="none")
         self.edges = nn.ModuleDict({edge: _edge(widths, affine) for edge in EDGES})
         self.reductions = nn.ModuleList([_Reduction(width, 2 * width), _Reduction(2 * width, 4 * width)])
-        self.head = Classifier(4 * width, classes, norm=True)
+        self.head = Classifier(4 * width, classes, bn=True)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

@@ -1,7 +1,7 @@
 """Networks of the literature as plain modules from numbers: what a searched network is compared with.
 
-GPUNet (Wang et al. 2022, arXiv:2205.00841; NVIDIA/DeepLearningExamples, GPUNet configs), MobileNetV2 (Sandler et al.
-2018, arXiv:1801.04381) and MobileNetV3 (Howard et al. 2019, arXiv:1905.02244), the last two as torchvision counts them.
+MobileNetV2 (Sandler et al. 2018, arXiv:1801.04381) and MobileNetV3 (Howard et al. 2019, arXiv:1905.02244), as
+torchvision counts them. Networks that are trained by published recipes are in `networks.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv, make_divisible
+from netsmith.blocks.mobile import ConvBn, Head, MBConv, make_divisible
 from netsmith.errors import UserError, unknown
 
 V2_STRIDES = (2, 1, 2, 2, 2, 1, 2, 1)
@@ -35,58 +35,6 @@ V3_ROWS = {
 }
 """kernel, hidden width, channels, squeeze-excite, activation, stride; one word per block."""
 V3_FEATURES = {"large": 1280, "small": 1024}
-
-GPUNETS = {
-    # conv: kernel, channels, stride, layers; fused and ir: also expansion (e5) or hidden width (512), and "se".
-    "0": "stem 32 | conv k3 32 s1 x2 relu | fused k3 32 s2 x2 relu e5 | fused k3 64 s2 x3 relu e5 "
-    "| ir k3 256 s2 x3 swish e5 | ir k3 704 s2 x2 relu e5 se | tail 1280",
-    "1": "stem 24 | conv k3 24 s1 x1 relu | fused k3 64 s2 x2 swish e4 | fused k3 96 s2 x2 swish e4 "
-    "| ir k3 160 s2 x1 swish e2 se | ir k3 288 s1 x4 relu e5 | ir k3 448 s2 x4 relu e4 se | tail 1280",
-    "2": "stem 32 | conv k3 32 s1 x3 relu | fused k5 32 s2 x1 swish e6 se | fused k3 112 s2 x3 swish e3 "
-    "| ir k3 144 s2 x6 swish e6 | ir k5 160 s1 x4 relu e3 | ir k3 224 s2 x8 swish e3 se | ir k5 832 s1 x7 relu e2 "
-    "| tail 1280",
-    "p0": "stem 32 | conv k3 32 s1 x2 relu | conv k3 64 s2 x1 relu | ir k3 96 s2 x1 relu 512 | ir k3 96 s1 x2 relu 736 "
-    "| ir k3 256 s2 x1 relu 736 | ir k5 256 s1 x1 relu 1088 | ir k3 256 s1 x1 relu 1216 | ir k3 704 s2 x1 relu 2048 "
-    "| ir k5 704 s1 x1 relu 2688 | ir k3 704 s1 x1 relu 2368 | ir k3 704 s1 x1 relu 1792 | ir k3 704 s2 x1 relu 4032 "
-    "| tail 1984",
-    "p1": "stem 32 | conv k3 32 s1 x2 relu | conv k5 64 s2 x1 relu | ir k3 64 s1 x2 relu 512 | ir k5 96 s2 x1 relu 512 "
-    "| ir k5 96 s1 x1 relu 768 | ir k5 256 s2 x1 relu 768 | ir k5 256 s1 x1 relu 1920 | ir k3 256 s1 x1 relu 2016 "
-    "| ir k5 704 s2 x1 relu 2016 | ir k5 704 s1 x1 relu 5632 | ir k3 704 s1 x1 relu 5216 | ir k5 704 s1 x1 relu 5632 "
-    "| ir k5 704 s2 x1 relu 5600 | tail 1984",
-}
-GPUNET_RESOLUTIONS = {"0": 320, "1": 288, "2": 384, "p0": 224, "p1": 224}
-
-
-def gpunet(variant: str = "0", classes: int = 1000, channels: int = 3, *, dropout: float = 0.2) -> nn.Module:
-    """GPUNet-0, -1, -2, -P0 or -P1. Native resolutions are in `GPUNET_RESOLUTIONS`.
-
-    Raises: UserError for an unknown variant.
-    """
-    if variant not in GPUNETS:
-        raise unknown("GPUNet", variant, GPUNETS)
-    stem, *rows, tail = (row.split() for row in GPUNETS[variant].split("|"))
-    # The stem's activation is not in the configs: swish is the code's default, PruNets are ReLU throughout.
-    act = "relu" if variant.startswith("p") else "swish"
-    inputs = int(stem[1])
-    layers: list[nn.Module] = [ConvBn(channels, inputs, 3, stride=2, act=act, eps=1e-3)]
-    for kind, kernel, outputs, stride, repeats, act, *expansion in rows:
-        for i in range(int(repeats[1:])):
-            step = int(stride[1:]) if i == 0 else 1
-            layers.append(_gpunet_layer(kind, inputs, int(outputs), int(kernel[1:]), step, act, expansion))
-            inputs = int(outputs)
-    return nn.Sequential(*layers, Head(inputs, int(tail[1]), classes, dropout=dropout, eps=1e-3))
-
-
-def _gpunet_layer(
-    kind: str, inputs: int, outputs: int, kernel: int, stride: int, act: str, expansion: list[str]
-) -> nn.Module:
-    if kind == "conv":
-        return ConvBn(inputs, outputs, kernel, stride=stride, act=act, eps=1e-3)
-    width, *se = expansion
-    hidden = make_divisible(inputs * int(width[1:])) if width.startswith("e") else int(width)
-    block = {"fused": FusedMBConv, "ir": MBConv}[kind]
-    squeeze = inputs // 4 if se else 0
-    return block(inputs, outputs, kernel=kernel, hidden=hidden, stride=stride, squeeze=squeeze, act=act, eps=1e-3)
 
 
 def mobilenet_v2(
