@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from netsmith.blocks.mobile import ConvBn
 from netsmith.errors import UserError
 from netsmith.train.optimizers import Average, make_optimizer
 from netsmith.train.recipe import Recipe
@@ -119,3 +120,25 @@ def test_the_average_has_the_norms_statistics_too():
     average.update()
     average.swap()
     assert torch.allclose(module.running_mean, torch.full((2,), 0.9))
+
+
+def test_the_rate_is_scaled_by_the_batch_where_a_recipe_says_so():
+    assert Recipe(learning_rate=0.016, rate_per=256, batch_size=4096).peak == pytest.approx(0.256)
+    assert Recipe(learning_rate=0.081, rate_per=256, batch_size=65_536).peak == pytest.approx(20.736)
+    assert Recipe(learning_rate=0.1, batch_size=4096).peak == 0.1
+
+
+def test_lars_adapts_weights_and_nothing_else():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    adapted, plain = make_optimizer(module, Recipe(optimizer="lars")).param_groups
+    assert {id(p) for p in adapted["params"]} == {id(module[0].weight), id(module[2].weight)}
+    assert adapted["adapt"]
+    assert not plain["adapt"]
+    assert len(plain["params"]) == 4
+
+
+def test_what_proxy_norm_assumes_decays():
+    block = ConvBn(3, 4, act="swish", norm="layer+proxy")
+    decays, rest = make_optimizer(block, Recipe()).param_groups
+    assert {id(p) for p in decays["params"]} == {id(p) for p in (block.conv.weight, *list(block.act.parameters())[2:])}
+    assert {id(p) for p in rest["params"]} == {id(p) for p in list(block.act.parameters())[:2]}

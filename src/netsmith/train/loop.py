@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from netsmith.blocks.norms import ProxyNorm
 from netsmith.errors import UserError
 from netsmith.tasks.classification import Task, steps
 from netsmith.train.allocator import keep_freed_memory
@@ -126,6 +127,9 @@ class _Training:
         self.optimizer = make_optimizer(self.module, recipe)
         self.average = Average(self.module, recipe.ema) if recipe.ema else None
         self.mix = _mixing(recipe, self.task.classes)
+        norms = nn.modules.batchnorm._NormBase | nn.GroupNorm | ProxyNorm
+        of_norms = {p for m in self.module.modules() if isinstance(m, norms) for p in m.parameters()}
+        self.shrinking = [p for p in self.module.parameters() if p.requires_grad and p not in of_norms]
 
     def train_epoch(self) -> dict[str, float]:
         """Train for one epoch; returns its entry in the history."""
@@ -178,6 +182,11 @@ class _Training:
         loss = loss_of(logits, targets, self.recipe, taught)
         self.optimizer.zero_grad()
         loss.backward()
+        if self.recipe.l2_loss:
+            with torch.no_grad():
+                for weight in self.shrinking:
+                    if weight.grad is not None:
+                        weight.grad.add_(weight, alpha=self.recipe.l2_loss)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(step)
         self.optimizer.step()
@@ -189,7 +198,10 @@ class _Training:
         """The learning rate of a step of this epoch."""
         warmup = round(self.recipe.warmup_epochs * self.steps)
         number, total = self.epoch * self.steps + step, self.recipe.epochs * self.steps
-        return self.recipe.learning_rate * factor(self.recipe.schedule, number, total, warmup)
+        recipe = self.recipe
+        decay = recipe.decay_rate, recipe.decay_epochs
+        down = factor(recipe.schedule, number, total, warmup, epoch=self.steps, decay=decay, end=recipe.end_rate)
+        return recipe.peak * down
 
     def checked(self, pending: list[Tensor], first: int) -> list[float]:
         """The losses of the steps from `first` on; `UserError` at the first that is not finite."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -9,25 +11,37 @@ from netsmith.train.recipe import Recipe
 
 
 def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """The optimizer over all parameters that want gradients; weight decay on those of two and more dimensions only."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    """The optimizer over all parameters that want gradients; weight decay on those of two and more dimensions, and on
+    what proxy norm assumes of its input."""
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    decays = [p for name, p in named if p.ndim > 1 or name.rpartition(".")[2].startswith("proxy_")]
+    rest = [p for _, p in named if not any(p is other for other in decays)]
+    groups: list[dict[str, Any]] = [
+        {"params": decays, "weight_decay": recipe.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
     ]
+    if recipe.optimizer == "lars":  # what starts at 0 or is one number a channel cannot be adapted to its own size
+        from netsmith.train.lars import Lars
+
+        single = [p for _, p in named if p.ndim <= 1]
+        groups = [{"params": [p for p in decays if p.ndim > 1]}, {"params": single, "adapt": False}]
+        groups = [group for group in groups if group["params"]]
+        return Lars(groups, recipe.peak, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
     groups = [group for group in groups if group["params"]]
+    if recipe.optimizer == "lamb":
+        from timm.optim.lamb import Lamb
+
+        return Lamb(groups, lr=recipe.peak, betas=(recipe.momentum, 0.999))
     if recipe.optimizer == "rmsprop":
         # torch's has eps outside the root, the rate outside the momentum and starts at 0: a different optimizer
         # (timm issues 11, 45); decay and eps are EfficientNet's. 3 s to import, so only here.
         from timm.optim.rmsprop_tf import RMSpropTF
 
-        return RMSpropTF(groups, lr=recipe.learning_rate, alpha=0.9, eps=1e-3, momentum=recipe.momentum)
+        return RMSpropTF(groups, lr=recipe.peak, alpha=recipe.rmsprop_decay, eps=1e-3, momentum=recipe.momentum)
     # fused: one kernel for all tensors; a small network has 100 of them and would wait for Python otherwise.
     if recipe.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.momentum, 0.999), fused=True)
-    return torch.optim.SGD(
-        groups, lr=recipe.learning_rate, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True
-    )
+        return torch.optim.AdamW(groups, lr=recipe.peak, betas=(recipe.momentum, 0.999), fused=True)
+    return torch.optim.SGD(groups, lr=recipe.peak, momentum=recipe.momentum, nesterov=recipe.momentum > 0, fused=True)
 
 
 class Average:

@@ -6,9 +6,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from netsmith.errors import UserError
+from netsmith.train.schedules import SCHEDULES
 
 if TYPE_CHECKING:
     from netsmith.tasks.classification import Task
+
+OPTIMIZERS = ("sgd", "adamw", "rmsprop", "lars", "lamb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,16 +22,31 @@ class Recipe:
     """Passes over the training images; the schedule spans them."""
     batch_size: int = 128
     """Images a step."""
-    optimizer: Literal["sgd", "adamw", "rmsprop"] = "sgd"
-    """sgd: with Nesterov momentum; rmsprop: TensorFlow's, as the EfficientNet papers mean it."""
+    optimizer: Literal["sgd", "adamw", "rmsprop", "lars", "lamb"] = "sgd"
+    """sgd: with Nesterov momentum; rmsprop: TensorFlow's, as the EfficientNet papers mean it; lars: `train/lars.py`;
+    lamb: You et al. 2020, arXiv:1904.00962."""
     learning_rate: float = 0.1
-    """Its peak, right after the warm-up; not scaled by the batch size."""
+    """Its peak, right after the warm-up."""
+    rate_per: int | None = None
+    """The learning rate is meant for a batch of so many images and grows in proportion to `batch_size` (Goyal et al.
+    2017, arXiv:1706.02677; 256 in most papers); none: it is what it is."""
     momentum: float = 0.9
-    """Momentum of sgd and rmsprop, beta 1 of adamw."""
+    """Momentum of sgd, rmsprop and lars, beta 1 of adamw and lamb."""
+    rmsprop_decay: float = 0.9
+    """rmsprop: of the mean of the squared gradients."""
     weight_decay: float = 5e-4
     """On weights of two and more dimensions; norms, biases and logits of decisions have none."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate goes from its peak to 0 (constant: it stays)."""
+    l2_loss: float = 0.0
+    """Factor of sum(w^2) / 2 in the loss, over all but the numbers of norms: what tensorflow/tpu adds whatever the
+    optimizer, so that with lars the weights decay twice there."""
+    schedule: Literal["cosine", "linear", "constant", "exponential", "polynomial"] = "cosine"
+    """How the learning rate goes down from its peak (constant: it stays); see `train/schedules.py`."""
+    decay_rate: float = 0.97
+    """exponential: times this..."""
+    decay_epochs: float = 2.4
+    """exponential: ... every so many epochs."""
+    end_rate: float = 0.0
+    """polynomial: where it ends, as a share of the peak."""
     warmup_epochs: float = 1.0
     """Epochs over which the learning rate rises from 0."""
     label_smoothing: float = 0.1
@@ -55,19 +73,27 @@ class Recipe:
     def __post_init__(self) -> None:
         for names, legal, allowed in (
             (("epochs", "batch_size"), lambda v: v >= 1, "1 or more"),
-            (("learning_rate", "temperature"), lambda v: v > 0, "above 0"),
-            (("weight_decay", "warmup_epochs", "mixup", "cutmix"), lambda v: v >= 0, "0 or more"),
-            (("momentum", "label_smoothing"), lambda v: 0 <= v < 1, "0 to below 1"),
+            (("learning_rate", "temperature", "decay_epochs"), lambda v: v > 0, "above 0"),
+            (("rate_per",), lambda v: v is None or v >= 1, "none, or 1 or more"),
+            (("weight_decay", "l2_loss", "warmup_epochs", "mixup", "cutmix"), lambda v: v >= 0, "0 or more"),
+            (("end_rate",), lambda v: 0 <= v <= 1, "0 to 1"),
+            (("decay_rate",), lambda v: 0 < v <= 1, "above 0 to 1"),
+            (("momentum", "label_smoothing", "rmsprop_decay"), lambda v: 0 <= v < 1, "0 to below 1"),
             (("ema",), lambda v: v is None or 0 < v < 1, "none, or between 0 and 1"),
             (("randaugment",), lambda v: 0 <= v <= 30, "0 to 30"),
             (("distillation",), lambda v: 0 <= v <= 1, "0 to 1"),
-            (("optimizer",), lambda v: v in ("sgd", "adamw", "rmsprop"), "sgd, adamw, rmsprop"),
-            (("schedule",), lambda v: v in ("cosine", "linear", "constant"), "cosine, linear, constant"),
+            (("optimizer",), lambda v: v in OPTIMIZERS, ", ".join(OPTIMIZERS)),
+            (("schedule",), lambda v: v in SCHEDULES, ", ".join(SCHEDULES)),
             (("precision",), lambda v: v in ("fp32", "bf16"), "fp32, bf16"),
         ):
             for name in names:
                 if not legal(value := getattr(self, name)):
                     raise UserError(f"recipe.{name} is {value!r}; allowed: {allowed}")
+
+    @property
+    def peak(self) -> float:
+        """The learning rate right after the warm-up."""
+        return self.learning_rate * (self.batch_size / self.rate_per if self.rate_per else 1.0)
 
     @classmethod
     def default(cls, task: Task, epochs: int | None = None, batch_size: int | None = None) -> Recipe:
