@@ -154,7 +154,7 @@ def test_blocks_without_open_width_and_with_groups():
     assert torch.allclose(grouped(x), x + y)
     plain = MBConv(8, 8, hidden=8, expand=False).eval()
     assert torch.allclose(plain(x), x + plain.project(plain.depthwise(x)))
-    with pytest.raises(UserError, match="grouped"):
+    with pytest.raises(UserError, match="no groups"):
         MBConv(8, 8, hidden=Width((8, 16)), groups=2)
     with pytest.raises(UserError, match="without expansion"):
         MBConv(8, 8, hidden=16, expand=False)
