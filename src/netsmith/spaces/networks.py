@@ -19,6 +19,7 @@ from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv, make_divis
 from netsmith.blocks.norms import NORMS
 from netsmith.blocks.residual import Bottleneck, ResidualConv
 from netsmith.errors import UserError, unknown
+from netsmith.spaces.amoebanet import amoebanet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,8 +239,10 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "efficientnet_v2_s": efficientnet_v2_s,
     **{f"gpunet_{variant}": partial(gpunet, variant) for variant in GPUNETS},
     "resnet50": resnet50,
+    "amoebanet_a": partial(amoebanet, "a", width=190),
+    "amoebanet_d": partial(amoebanet, "d"),
 }
-"""Name -> function of classes, channels and the fields of `Style`."""
+"""Name -> function of classes, channels and the fields of `Style` (AmoebaNets: options of their own)."""
 
 RESOLUTIONS = {
     **{f"efficientnet_{size}": row[2] for size, row in COMPOUND.items()},
@@ -252,5 +255,7 @@ RESOLUTIONS = {
     "gpunet_p0": 224,
     "gpunet_p1": 224,
     "resnet50": 224,
+    "amoebanet_a": 331,
+    "amoebanet_d": 224,
 }
 """Pixels a side that each is trained at."""

@@ -34,10 +34,11 @@ def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         return Lamb(groups, lr=recipe.peak, betas=(recipe.momentum, 0.999))
     if recipe.optimizer == "rmsprop":
         # torch's has eps outside the root, the rate outside the momentum and starts at 0: a different optimizer
-        # (timm issues 11, 45); decay and eps are EfficientNet's. 3 s to import, so only here.
+        # (timm issues 11, 45). 3 s to import, so only here.
         from timm.optim.rmsprop_tf import RMSpropTF
 
-        return RMSpropTF(groups, lr=recipe.peak, alpha=recipe.rmsprop_decay, eps=1e-3, momentum=recipe.momentum)
+        alpha, eps = recipe.rmsprop_decay, recipe.rmsprop_eps
+        return RMSpropTF(groups, lr=recipe.peak, alpha=alpha, eps=eps, momentum=recipe.momentum)
     # fused: one kernel for all tensors; a small network has 100 of them and would wait for Python otherwise.
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.peak, betas=(recipe.momentum, 0.999), fused=True)

@@ -34,6 +34,8 @@ class Recipe:
     """Momentum of sgd, rmsprop and lars, beta 1 of adamw and lamb."""
     rmsprop_decay: float = 0.9
     """rmsprop: of the mean of the squared gradients."""
+    rmsprop_eps: float = 1e-3
+    """rmsprop: added to that mean, under the root."""
     weight_decay: float = 5e-4
     """On weights of two and more dimensions; norms, biases and logits of decisions have none."""
     l2_loss: float = 0.0
@@ -73,7 +75,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for names, legal, allowed in (
             (("epochs", "batch_size"), lambda v: v >= 1, "1 or more"),
-            (("learning_rate", "temperature", "decay_epochs"), lambda v: v > 0, "above 0"),
+            (("learning_rate", "temperature", "decay_epochs", "rmsprop_eps"), lambda v: v > 0, "above 0"),
             (("rate_per",), lambda v: v is None or v >= 1, "none, or 1 or more"),
             (("weight_decay", "l2_loss", "warmup_epochs", "mixup", "cutmix"), lambda v: v >= 0, "0 or more"),
             (("end_rate",), lambda v: 0 <= v <= 1, "0 to 1"),

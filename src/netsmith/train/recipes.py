@@ -127,6 +127,24 @@ RECIPES: dict[str, Published] = {
         resolution=160,
         note=f"{NO_AUTO_AUGMENT} It averages checkpoints, one an epoch at 0.97, where this averages steps.",
     ),
+    "amoebanet_d_dawnbench": Published(
+        recipe=replace(
+            RMSPROP,
+            epochs=35,
+            batch_size=1024,
+            learning_rate=2.56,
+            rate_per=None,
+            rmsprop_eps=1.0,
+            l2_loss=4e-5,
+            decay_rate=0.88,
+            decay_epochs=1.0,
+            warmup_epochs=0.35,
+        ),
+        model="amoebanet_d",
+        resolution=224,
+        note="93 % top-5 in 7.47 hours on one Cloud TPU. No auxiliary head and no drop path here; the L2 loss of the "
+        "source spares biases.",
+    ),
     "resnet50_lars_32768": Published(
         recipe=replace(
             LARS,
@@ -144,7 +162,7 @@ RECIPES: dict[str, Published] = {
         note="Peak and warm-up are the code's; weight decay and 90 epochs the usual ones.",
     ),
 }
-"""Name -> recipe. DAWNBench's AmoebaNet-D has to wait for the network."""
+"""Name -> recipe."""
 
 
 def published(name: str) -> Published:
