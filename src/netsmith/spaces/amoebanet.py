@@ -160,7 +160,7 @@ class Cell(nn.Module):
 
 
 class Halve(nn.Module):
-    """Half the size from two strided 1x1 convolutions, the second a pixel further with zeros behind the edge; a norm."""
+    """Half the size from two strided 1x1 convolutions, the second a pixel further, zeros behind the edge; a norm."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
