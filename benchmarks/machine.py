@@ -38,7 +38,8 @@ def machine(*packages: str) -> dict:
 
 def save(name: str, started: dict, **results: object) -> Path:
     """Write `results/NAME.json`: the machine as it was at the start, its load now, the command, the results."""
-    facts = {**started, "load_at_end": round(os.getloadavg()[0], 1), "command": " ".join(["python", *sys.argv])}
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
+    facts = {**started, "load_at_end": round(os.getloadavg()[0], 1), "command": " ".join(["python", *words])}
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"{name}.json"
     file.write_text(json.dumps({"machine": facts, **results}, indent=1) + "\n")
