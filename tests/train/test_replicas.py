@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from netsmith.errors import UserError
-from netsmith.train.norms import contiguous, group_size, over_groups, tiles
+from netsmith.train.replicas import contiguous, group_size, over_groups, tiles
 
 IMAGES, CHANNELS = 3, 4
 
@@ -66,6 +67,8 @@ def told(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def replica(rank: int, world: int, groups: list[list[int]], folder: Path) -> None:
     torch.set_num_threads(1)
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not lead anywhere
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     found = told(over_groups(network(), groups), batch(rank))
     for name in found:
@@ -113,7 +116,8 @@ def test_groups_of_one_are_local_and_order_within_a_group_does_not_matter(tmp_pa
 
 
 def test_groups_that_are_no_partition(tmp_path, monkeypatch):
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         with pytest.raises(UserError, match="no equal parts of 1 replicas"):
