@@ -160,6 +160,7 @@ def test_small_images_run_forward_and_backward(name):
     ("style", "said"),
     [
         ({"norm": "batc"}, "did you mean 'batch'"),
+        ({"nrom": "batch"}, "unknown option of a network, 'nrom'; did you mean 'norm'"),
         ({"group_size": 0}, "group_size is 0; allowed: 1 or more"),
         ({"dropout": 1.0}, "dropout is 1.0"),
     ],

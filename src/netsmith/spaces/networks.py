@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -100,7 +101,7 @@ HALF = {"b0": 160, "b1": 176, "b2": 196, "b3": 204, "b4": 252, "b5": 328}
 
 
 def efficientnet(
-    size: str = "b0", classes: int = 1000, channels: int = 3, *, stem_stride: int = 2, **style: object
+    size: str = "b0", classes: int = 1000, channels: int = 3, *, stem_stride: int = 2, **style: Any
 ) -> nn.Module:
     """EfficientNet-B0 to -B7; ``style`` are fields of `Style`. For small images ``stem_stride=1``.
 
@@ -110,29 +111,37 @@ def efficientnet(
         raise unknown("EfficientNet", size, COMPOUND)
     width, depth, _, dropout = COMPOUND[size]
     rows = scaled(B0, width, depth).replace("s2", f"s{stem_stride}", 1)
-    return build(rows, classes, channels, Style(**{"dropout": dropout, **style}))  # type: ignore[arg-type]
+    return build(rows, classes, channels, _style(style, dropout=dropout))
 
 
-def efficientnet_v2_s(classes: int = 1000, channels: int = 3, **style: object) -> nn.Module:
+def efficientnet_v2_s(classes: int = 1000, channels: int = 3, **style: Any) -> nn.Module:
     """EfficientNetV2-S. Raises: UserError for an unknown style."""
-    return build(V2_S, classes, channels, Style(**style))  # type: ignore[arg-type]
+    return build(V2_S, classes, channels, _style(style))
 
 
-def gpunet(variant: str = "0", classes: int = 1000, channels: int = 3, **style: object) -> nn.Module:
+def gpunet(variant: str = "0", classes: int = 1000, channels: int = 3, **style: Any) -> nn.Module:
     """GPUNet-0, -1, -2, -P0 or -P1. Raises: UserError for an unknown variant or style."""
     if variant not in GPUNETS:
         raise unknown("GPUNet", variant, GPUNETS)
-    return build(GPUNETS[variant], classes, channels, Style(**{"drop_path": 0.0, "momentum": 0.1, **style}))  # type: ignore[arg-type]
+    return build(GPUNETS[variant], classes, channels, _style(style, drop_path=0.0, momentum=0.1))
 
 
-def resnet50(classes: int = 1000, channels: int = 3, **style: object) -> nn.Module:
+def resnet50(classes: int = 1000, channels: int = 3, **style: Any) -> nn.Module:
     """ResNet-50. Raises: UserError for an unknown style."""
     rows = (
         "stem k7 64 s2 x1 relu | pool k3 64 s2 x1 - | res k3 256 s1 x3 relu 64 | res k3 512 s2 x4 relu 128 "
         "| res k3 1024 s2 x6 relu 256 | res k3 2048 s2 x3 relu 512 | head 0 -"
     )
     plain = {"eps": 1e-5, "momentum": 0.1, "dropout": 0.0, "drop_path": 0.0}
-    return build(rows, classes, channels, Style(**{**plain, **style}))  # type: ignore[arg-type]
+    return build(rows, classes, channels, _style(style, **plain))
+
+
+def _style(given: dict[str, Any], **defaults: Any) -> Style:
+    known = {field.name: field for field in fields(Style)}
+    for name in given:
+        if name not in known:
+            raise unknown("option of a network,", name, known)
+    return Style(**{**defaults, **given})
 
 
 def scaled(rows: str, width: float, depth: float) -> str:
@@ -228,7 +237,7 @@ def initialise(network: nn.Module, momentum: float) -> None:
             nn.init.zeros_(part.bias)
 
 
-def _group_16(size: str, **style: object) -> Callable[..., nn.Module]:
+def _group_16(size: str, **style: Any) -> Callable[..., nn.Module]:
     return partial(efficientnet, size, group_size=16, expansion=4.0, **style)
 
 

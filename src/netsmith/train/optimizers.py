@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -14,20 +12,17 @@ def make_optimizer(module: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The optimizer over all parameters that want gradients; weight decay on those of two and more dimensions, and on
     what proxy norm assumes of its input."""
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    decays = [p for name, p in named if p.ndim > 1 or name.rpartition(".")[2].startswith("proxy_")]
-    rest = [p for _, p in named if not any(p is other for other in decays)]
-    groups: list[dict[str, Any]] = [
-        {"params": decays, "weight_decay": recipe.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    if recipe.optimizer == "lars":  # what starts at 0 or is one number a channel cannot be adapted to its own size
+    if recipe.optimizer == "lars":
         from netsmith.train.lars import Lars
 
-        single = [p for _, p in named if p.ndim <= 1]
-        groups = [{"params": [p for p in decays if p.ndim > 1]}, {"params": single, "adapt": False}]
-        groups = [group for group in groups if group["params"]]
+        # Neither decay nor a trust ratio for what is one number a channel: proxy norm's start at 0, with no size.
+        of_size = {adapt: [p for _, p in named if (p.ndim > 1) == adapt] for adapt in (True, False)}
+        groups = [{"params": p, "adapt": adapt} for adapt, p in of_size.items() if p]
         return Lars(groups, recipe.peak, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    groups = [group for group in groups if group["params"]]
+    parts: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, p in named:
+        parts[p.ndim > 1 or name.rpartition(".")[2].startswith("proxy_")].append(p)
+    groups = [{"params": p, "weight_decay": recipe.weight_decay if decays else 0.0} for decays, p in parts.items() if p]
     if recipe.optimizer == "lamb":
         from timm.optim.lamb import Lamb
 
