@@ -11,7 +11,8 @@ gets the processor seconds that PruNet's search with the same seed took (for CIF
 thought to fit). MobileNetV2 and V3 are scaled until their file is within 2 % of the limit. What has a line already is
 not done again; give each process seeds of its own. A machine's speed wanders by some percent from hour to hour:
 `--retime` builds every network of the lines again and times all of one budget in turn, in one process
-(`latency_in_turn_ms`).
+(`latency_in_turn_ms`). What is left of unequal latencies then is taken out of the leads in the summary's last column:
+accuracy rises with the logarithm of latency, and by how much is fitted within methods and seeds, over the budgets.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -134,7 +136,7 @@ def front(key: dict, budgets: list[str], epochs: int, images: int | None, work: 
         search = {} if name.startswith("mobilenet") else run.once("searched", lambda: searched(job, name, key))
         for number, budget in enumerate(budgets):
             limit = job.problem.budgets[number][0].limit
-            row = key | {"budget": budget, "space": space, "images": len(task.split("trainval"))}
+            row = key | {"budget": budget, "space": space}
             if row_of(load(), row) is not None:
                 continue
             torch.manual_seed(key["seed"])
@@ -193,7 +195,7 @@ def retime(work: Path) -> None:
 
 
 def row_of(rows: list[dict], key: dict) -> dict | None:
-    return next((r for r in rows if all(r[n] == key[n] for n in ("task", "budget", "seed", "method"))), None)
+    return next((r for r in rows if all(r[n] == key[n] for n in ("task", "images", "budget", "seed", "method"))), None)
 
 
 def load() -> list[dict]:
@@ -204,6 +206,7 @@ def summary(rows: list[dict]) -> str:
     """Per task and budget: mean accuracy with its spread over seeds, and the lead over best_of in its own noise."""
     titles = (
         "task",
+        "images",
         "budget",
         "method",
         "seeds",
@@ -211,24 +214,50 @@ def summary(rows: list[dict]) -> str:
         "lead over best_of (se)",
         "latency/limit",
         "search core-s",
+        "lead at equal latency (se)",
     )
     lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for task, _, budget in sorted({(r["task"], r["limit_ms"], r["budget"]) for r in rows}):
-        group = [r for r in rows if (r["task"], r["budget"]) == (task, budget)]
-        rival = {r["seed"]: 100 * r["accuracy"] for r in group if r["method"] == "best_of"}
+    for task, images, _, budget in sorted({(r["task"], r["images"], r["limit_ms"], r["budget"]) for r in rows}):
+        front = [r for r in rows if (r["task"], r["images"]) == (task, images)]
+        group = [r for r in front if r["budget"] == budget]
+        rival = {r["seed"]: r for r in group if r["method"] == "best_of"}
+        slope = points_per_log_latency(front)
         for name in METHODS:
             mine = {r["seed"]: r for r in group if r["method"] == name}
             if not mine:
                 continue
             accuracy = [100 * r["accuracy"] for r in mine.values()]
-            leads = [100 * mine[seed]["accuracy"] - rival[seed] for seed in mine if seed in rival]
-            lead = f"{statistics.mean(leads):+.2f} ({_spread(leads, len(leads) ** 0.5)})" if leads else "-"
-            times = sorted(r.get("latency_in_turn_ms", r["latency_ms"]) / r["limit_ms"] for r in mine.values())
+            pairs = [(row, rival[seed]) for seed, row in mine.items() if seed in rival]
+            leads = [100 * (row["accuracy"] - other["accuracy"]) for row, other in pairs]
+            slower = [slope * math.log(latency(row) / latency(other)) for row, other in pairs]
+            equal = _mean_se([lead - owed for lead, owed in zip(leads, slower, strict=True)])
+            times = sorted(latency(r) / r["limit_ms"] for r in mine.values())
             used = "-".join(dict.fromkeys(f"{share:.2f}" for share in (times[0], times[-1])))
             spent = statistics.mean(r["search_cpu_seconds"] for r in mine.values())
-            cells = task, budget, name, len(mine), f"{statistics.mean(accuracy):.2f} ({_spread(accuracy)})", lead
-            lines.append(f"| {' | '.join(map(str, cells))} | {used} | {spent:.0f} |")
+            cells = task, images, budget, name, len(mine), f"{statistics.mean(accuracy):.2f} ({_spread(accuracy)})"
+            lines.append(f"| {' | '.join(map(str, cells))} | {_mean_se(leads)} | {used} | {spent:.0f} | {equal} |")
     return "\n".join(lines)
+
+
+def latency(row: dict) -> float:
+    """Milliseconds, timed in turn where that was done."""
+    return row.get("latency_in_turn_ms", row["latency_ms"])
+
+
+def points_per_log_latency(rows: list[dict]) -> float:
+    """Slope of accuracy (points) over the logarithm of latency, by least squares within each method and seed."""
+    across = along = 0.0
+    for key in {(r["method"], r["seed"]) for r in rows}:
+        mine = [r for r in rows if (r["method"], r["seed"]) == key]
+        logs, points = [math.log(latency(r)) for r in mine], [100 * r["accuracy"] for r in mine]
+        center, level = statistics.mean(logs), statistics.mean(points)
+        across += sum((x - center) * (y - level) for x, y in zip(logs, points, strict=True))
+        along += sum((x - center) ** 2 for x in logs)
+    return across / along if along else 0.0
+
+
+def _mean_se(leads: list[float]) -> str:
+    return f"{statistics.mean(leads):+.2f} ({_spread(leads, len(leads) ** 0.5)})" if leads else "-"
 
 
 def _spread(values: list[float], over: float = 1.0) -> str:
@@ -250,9 +279,10 @@ def main() -> None:
     torch.set_num_threads(1)  # two processes on two cores do more than two threads
     if options.retime:
         retime(options.work)
+    images = len(open_task(options.task, limit=options.images).split("trainval"))
     for seed in [] if options.summary or options.retime else map(int, options.seeds.split(",")):
         for name in options.methods.split(","):
-            key = {"task": options.task, "seed": seed, "method": name}
+            key = {"task": options.task, "images": images, "seed": seed, "method": name}
             for row in front(key, options.budgets.split(","), options.epochs, options.images, options.work):
                 with RESULTS.open("a") as file:
                     file.write(json.dumps(row) + "\n")
