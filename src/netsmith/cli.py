@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 VERBS = {
     "search": "search a network that keeps a budget: with no options, for handwritten digits on this CPU",
     "compare": "run several methods on one problem, beside the baselines, at equal compute",
-    "train": "repeat the training of a finished search, and what follows",
+    "train": "train a network by a named recipe, on one machine or many; or once more what a search found",
     "ship": "export the network of a run again, and judge the file",
     "measure": "time an ONNX file, or the networks of a run, on this machine",
     "profile": "measure the layers of a space on a device, and how well they predict whole networks",
+    "plan": "predict a training's step time, hours and all-reduce share on many devices",
     "report": "write one HTML page about one or several runs",
     "list": "list the spaces, methods, devices, tasks or costs there are",
 }
@@ -104,7 +105,6 @@ def _parse(name: str, arguments: list[str]) -> Verb | None:
     import tyro
 
     from netsmith import verbs
-    from netsmith.options import IN_A_FILE
 
     kind = getattr(verbs, name.capitalize())
     default = kind.before(arguments) if hasattr(kind, "before") else None
@@ -125,8 +125,9 @@ def _parse(name: str, arguments: list[str]) -> Verb | None:
             raise UserError(f"{_sentence(printed.getvalue())} (see netsmith {name} --help)") from None
         return None
     if rest:
-        unnamed = (*IN_A_FILE, "unless_given", "folder", "target", "what")
-        flags = ["--" + field.name.replace("_", "-") for field in fields(kind) if field.name not in unnamed]
+        unnamed = "unless_given", "folder", "target", "what"
+        named = [f.name for f in fields(kind) if f.name not in unnamed and f.default_factory is not dict]  # in a file
+        flags = ["--" + field.replace("_", "-") for field in named]
         raise (
             unknown(f"option of {name}", rest[0], flags)
             if rest[0].startswith("-")

@@ -99,7 +99,7 @@ def prepare_comparison(options: CompareOptions, *, command: Sequence[str] = ()) 
     names = compared(options)
     problem = problem_of(part(options, names[0]), command)
     given = {name: method_options(part(options, name)) for name in names}
-    from netsmith.pipeline import ONE_THREAD
+    from netsmith.job import ONE_THREAD
 
     small = problem["space_options"]["resolution"] <= ONE_THREAD
     jobs = options.jobs or (len(os.sched_getaffinity(0)) if small else 1)

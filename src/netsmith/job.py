@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from netsmith.cost.budget import Budget, parse_budgets
 from netsmith.cost.counts import BranchCount, Macs, Params
-from netsmith.cost.device import Device, load_shipped, parse_device
+from netsmith.cost.device import Device, load_shipped, parse_device, torch_threads
 from netsmith.cost.imported import import_table
 from netsmith.cost.latency import SpaceLatency, calibrate, calibration_networks, profile_space
 from netsmith.cost.memory import PeakMemory
@@ -156,6 +157,16 @@ class Job:
             return measure({"it": load_shipped(device, network, file, self.task.input_shape)})["it"].median_ms
 
         return median_ms
+
+
+ONE_THREAD = 16
+"""Pixels up to which one thread trains. Threads of tiny layers wait for each other: an epoch of digits takes 0.7 s with
+one thread, and with two on a busy two-core machine 4 to 25 s."""
+
+
+def threads_for(resolution: int) -> AbstractContextManager[None]:
+    """As many threads as suit images of so many pixels a side."""
+    return torch_threads(1 if resolution <= ONE_THREAD else torch.get_num_threads())
 
 
 def _to_pairs(prices: Prices) -> dict:

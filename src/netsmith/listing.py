@@ -13,9 +13,21 @@ from netsmith.tasks import TASKS
 
 
 def listing(what: str) -> dict[str, str]:
-    """Name -> one line, for "spaces", "methods", "devices", "tasks" or "costs"."""
+    """Name -> one line, for "spaces", "methods", "devices", "tasks", "costs", "networks" or "recipes"."""
     if what == "tasks":
         return dict(TASKS)
+    if what == "networks":
+        from netsmith.spaces.networks import RESOLUTIONS
+
+        return {name: f"trained at {pixels} px" for name, pixels in RESOLUTIONS.items()}
+    if what == "recipes":
+        from netsmith.train.recipes import RECIPES
+
+        return {
+            name: f"{one.model} at {one.resolution} px: {one.recipe.optimizer}, batches of {one.recipe.batch_size:,}, "
+            f"{one.recipe.epochs} epochs"
+            for name, one in RECIPES.items()
+        }
     if what == "devices":
         from netsmith.cost.device import DEVICES
 

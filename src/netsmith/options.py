@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import tyro
 
@@ -26,9 +26,6 @@ Options = TypeVar("Options")
 
 Later = tyro.conf.arg(help_behavior_hint="")
 """Decided later: there is no default to show."""
-
-IN_A_FILE = ("space_options", "method_options", "recipe", "spaces")
-"""Options that have no flag."""
 
 RECORDED = ("format", "command", "images")
 """Keys of a `problem.yaml` that ask for nothing."""
@@ -95,6 +92,50 @@ class CompareOptions(ProblemOptions):
     a file only."""
     jobs: Annotated[int | None, Later] = None
     """Runs at a time (default: one for each core where a single thread trains, as on images up to 16 px, else one)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """A network of the literature, and how to train it."""
+
+    model: Annotated[str | None, Later] = None
+    """What to train: `netsmith list networks`."""
+    recipe: Annotated[str | None, Later] = None
+    """How, by name: `netsmith list recipes` (default: what suits the task)."""
+    task: str = "digits"
+    """What to learn: `netsmith list tasks`, folder:DIR or shards:DIR."""
+    data: Annotated[Path | None, Later] = None
+    """Folder with the files of the task (default: $NETSMITH_DATA, ./data or ../shared/data)."""
+    resolution: Annotated[int | None, Later] = None
+    """Pixels a side of the images of the test (default: the task's own; for folders and shards the network's)."""
+    batch_size: Annotated[int | None, Later] = None
+    """Images a step, over all replicas (default: the recipe's, less where it leaves under 20 steps an epoch)."""
+    epochs: Annotated[int | None, Later] = None
+    """Passes over the training images (default: the recipe's)."""
+    accumulate: int = 1
+    """Parts in which each replica's share of a batch goes through the network, to save memory."""
+    norm_replicas: Annotated[int | None, Later] = None
+    """Replicas whose images batch norm joins (default: enough for 128 images; all where there are at most 8)."""
+    watch: bool = False
+    """Train without a fifth of the images and score these after each epoch."""
+    precision: Annotated[Literal["fp32", "bf16"] | None, Later] = None
+    """Of the convolutions (default: bf16 on a GPU, else fp32)."""
+    device: Annotated[Literal["cpu", "cuda"] | None, Later] = None
+    """What to train on (default: a GPU, if there is one). The file is timed on the CPU."""
+    compile: bool = False
+    """Train through torch.compile."""
+    loaders: Annotated[int | None, Later] = None
+    """Processes of each replica that read images ahead (default: 0 where images lie in memory, else up to 8)."""
+    save_every: int = 1000
+    """Steps between two checkpoints; there is one after each epoch too."""
+    seed: int = 0
+    """Of everything random."""
+    out: Annotated[Path | None, Later] = None
+    """Folder of the run (default: runs/TASK-MODEL-NUMBER; the same command goes on with one that was stopped)."""
+    model_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the network's function, such as {norm: group}; in a file only."""
+    recipe_options: dict[str, Any] = field(default_factory=dict)
+    """Fields of `Recipe` that replace the recipe's; in a file only."""
 
 
 def read_config(file: Path) -> SearchOptions:

@@ -9,21 +9,18 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from netsmith.architecture import loads
 from netsmith.cost.budget import Budget
-from netsmith.cost.device import torch_threads
 from netsmith.decisions import Architecture
 from netsmith.effort import counted, effort
 from netsmith.errors import UserError
-from netsmith.job import Job, Say
+from netsmith.job import Job, Say, threads_for
 from netsmith.methods import make_method
 from netsmith.prepare import open_run
 from netsmith.run import Run, atomically
@@ -36,17 +33,13 @@ from netsmith.ship.gate import Verdict, gate
 from netsmith.ship.weights import load, save
 from netsmith.train.loop import train
 
-ONE_THREAD = 16
-"""Pixels up to which one thread trains. Threads of tiny layers wait for each other: an epoch of digits takes 0.7 s with
-one thread, and with two on a busy two-core machine 4 to 25 s."""
-
 
 def search(run: Run, say: Say, *, enough: float = ENOUGH) -> dict:
     """The whole job of a run; returns the content of its `result.json`. Continues what a killed process left.
 
     ``enough``: the share of a limit from which a network that keeps it is close enough.
     """
-    with _threads(run):
+    with threads_for(run.problem["space_options"]["resolution"]):
         return _search(Job(run, say, enough=enough))
 
 
@@ -59,16 +52,11 @@ def lay_ground(run: Run, say: Say) -> None:
 
     Raises: Infeasible for a budget that no network keeps; the run is then discarded.
     """
-    with _threads(run):
+    with threads_for(run.problem["space_options"]["resolution"]):
         job = Job(run, say)
         run.progress = say.progress
         _feasible(job)
         _reference(job)
-
-
-def _threads(run: Run) -> AbstractContextManager[None]:
-    small = run.problem["space_options"]["resolution"] <= ONE_THREAD
-    return torch_threads(1 if small else torch.get_num_threads())
 
 
 def _search(job: Job) -> dict:

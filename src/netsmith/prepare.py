@@ -14,7 +14,7 @@ from netsmith.methods import METHODS, check_searchable, make_method, method_clas
 from netsmith.options import RECORDED, CompareOptions, SearchOptions, checked
 from netsmith.run import Run
 from netsmith.spaces import SPACES, open_space, space_defaults
-from netsmith.tasks import TASKS, open_task
+from netsmith.tasks import IN_FOLDERS, TASKS, open_task
 from netsmith.train.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ def open_run(folder: Path) -> Run:
     if "methods" in asked:
         run.close()
         raise UserError(f"{folder} is a comparison, not one run: go on with netsmith compare --resume {folder}")
+    if "recipe_name" in asked:
+        run.close()
+        raise UserError(f"{folder} is a training, not a search: the command that began it goes on with it")
     given_once = {"out", "epochs", "search_epochs"}  # they have gone into the folder, the recipe and the method
     try:
         if lacking := [f.name for f in fields(SearchOptions) if f.name not in given_once and f.name not in asked]:
@@ -65,7 +68,7 @@ def check(options: SearchOptions) -> None:
     for kind, given, allowed in (
         *(("method", method, METHODS) for method in (options.method, *options.baselines)),
         *([("space", options.space, SPACES)] if options.space else []),
-        *([("task", options.task, TASKS)] if not options.task.startswith("folder:") else []),
+        *([("task", options.task, TASKS)] if not options.task.startswith(IN_FOLDERS) else []),
     ):
         if given not in allowed:
             raise unknown(kind, given, allowed)
@@ -90,12 +93,10 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
     from netsmith.cost.counts import BranchCount
     from netsmith.decisions import decisions
 
-    task_name = options.task
-    if task_name.startswith("folder:"):  # a run can be continued from anywhere
-        task_name = f"folder:{Path(task_name.removeprefix('folder:')).expanduser().absolute()}"
+    task_name = absolute_task(options.task)
     task = open_task(task_name, options.data, resolution=options.resolution)
     data = options.data
-    if not data and task_name != "digits" and not task_name.startswith("folder:"):
+    if not data and task_name != "digits" and not task_name.startswith(IN_FOLDERS):
         found = Path(task.source)  # who continues the run may stand elsewhere, with other files beside
         data = found if found.is_dir() else found.parent
     space = options.space or default_space(options.method, task.resolution)
@@ -181,11 +182,19 @@ def recipe(options: SearchOptions, task: Task) -> Recipe:
     return replace(Recipe.default(task, **lengths), **{name: getattr(wanted, name) for name in given})
 
 
+def absolute_task(name: str) -> str:
+    """The task's name, a folder in it absolute: a run can be continued from anywhere."""
+    if not name.startswith(IN_FOLDERS):
+        return name
+    kind, _, place = name.partition(":")
+    return f"{kind}:{Path(place).expanduser().absolute()}"
+
+
 def next_folder(options: SearchOptions | CompareOptions) -> Path:
     """runs/TASK-METHOD-NUMBER (runs/compare-TASK-NUMBER) with the first number that is free; the folder is made, so
     that it is nobody else's."""
     given = options.task
-    task = Path(given.removeprefix("folder:")).resolve().name if given.startswith("folder:") else given
+    task = Path(given.partition(":")[2]).resolve().name if given.startswith(IN_FOLDERS) else given
     name = f"{task}-{options.method}" if isinstance(options, SearchOptions) else f"compare-{task}"
     number = 1
     while True:

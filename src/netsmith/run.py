@@ -129,6 +129,11 @@ class Run:
         self._kept = self._size()
         return json.loads(json.dumps(value))
 
+    def has(self, name: str) -> bool:
+        """Whether the stage `name` has ended."""
+        file = self.path / "stages" / f"{_checked(name)}.json"
+        return file.exists() and "end" in _read_json(file)
+
     def write_json(self, name: str, value: Any) -> None:
         """Write JSON data to the file `name` of the run, replacing it whole."""
         _write_json(self.path / _checked(name), _plain(value))

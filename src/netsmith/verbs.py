@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 
 from tyro.conf import Positional, Suppress, arg
 
-from netsmith.errors import PromiseBroken, UserError
-from netsmith.options import CompareOptions, Later, ProblemOptions, SearchOptions, read_options
+from netsmith.errors import PromiseBroken, UserError, unknown
+from netsmith.options import CompareOptions, Later, ProblemOptions, SearchOptions, TrainingOptions, read_options
 from netsmith.say import Console
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class Verb(Protocol):
 
 FAR_OFF = 10.0
 """Percent; a table filled on a quiet machine is off by 1 to 5."""
+UTILISATION = 0.08
+"""Of a device's peak; what EfficientNet-B5 reaches on TPU v3 (benchmarks/plan.py)."""
 
 
 RunFolder = Annotated[Positional[Path], arg(metavar="RUN")]
@@ -156,22 +159,52 @@ class Compare(CompareOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
-    """Repeat the training of a finished search, and what follows: export, gate, report."""
+class Train(TrainingOptions):
+    """Train a network by a named recipe, export it, and judge the file; or once more what a search found (RUN).
 
-    folder: RunFolder
-    """The folder of the run."""
-    epochs: Annotated[int | None, Later] = None
-    """Passes of the training from now on (default: as it was)."""
+    On several processors or machines: torchrun --nproc-per-node 2 --max-restarts 3 -m netsmith train --model NAME ...
+    The same command goes on with a training that was stopped.
+    """
+
+    folder: Annotated[Positional[Path | None], arg(metavar="RUN"), Later] = None
+    """The folder of a finished search, whose training is repeated with all that follows; takes --epochs alone."""
+    config: Annotated[Path | None, Later] = None
+    """A YAML file with these options."""
     json: bool = False
     """Print one JSON object on stdout, the content of result.json."""
 
+    @classmethod
+    def before(cls, arguments: Sequence[str]) -> Train:
+        """The defaults: what the file says that --config names."""
+        config = config_among(arguments)
+        return cls(**vars(read_options(config, TrainingOptions)), config=config) if config else cls()
+
     def run(self) -> Answer:
+        if self.folder is not None:
+            if replace(self, folder=None, epochs=None, json=False) != Train():
+                raise UserError(f"of these options a RUN takes --epochs alone: {self.folder} says the rest")
+            return self._again(self.folder)
+        from netsmith.training import answer, train_network
+
+        options = TrainingOptions(**{field.name: getattr(self, field.name) for field in fields(TrainingOptions)})
+        rank = int(os.environ.get("RANK", "0"))
+        try:
+            with Console() as say:
+                done = train_network(options, say, command=["netsmith", *sys.argv[1:]])
+        except UserError as error:
+            if rank == 0:
+                raise
+            sys.exit(error.exit_code)  # the first replica says it for all
+        if done is None:
+            sys.exit(0)
+        return Answer(done, answer(done))
+
+    def _again(self, folder: Path) -> Answer:
         from netsmith.pipeline import retrain
         from netsmith.prepare import open_run
 
-        with open_run(self.folder) as run, resumable(run), Console() as say:
-            return finished(self.folder, retrain(run, say, self.epochs))
+        with open_run(folder) as run, resumable(run), Console() as say:
+            return finished(folder, retrain(run, say, self.epochs))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +218,10 @@ class Ship:
 
     def run(self) -> Answer:
         from netsmith.pipeline import ship
+        from netsmith.training import is_training, ship_trained
 
         with Console() as say:
-            data = ship(self.folder, say)
+            data = (ship_trained if is_training(self.folder) else ship)(self.folder, say)
         data = {"file": str(self.folder / "model.onnx"), **data}
         lines = [] if not data["kept"] else [data["verdict"], data["file"]]
         return Answer(data, lines, "" if data["kept"] else data["verdict"])
@@ -290,6 +324,101 @@ class Profile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Predict step time, hours and the share of all-reduce of a training on hardware one does not have.
+
+    From images/s measured on one device (--images-per-second) or, less well, its peak (--device-tflops), and the
+    links' bandwidth and latency. docs/plan.md has the formulae, and the published table they were checked against.
+    """
+
+    model: Annotated[str | None, Later] = None
+    """A network of the literature, such as efficientnet_b5 (default: the recipe's)."""
+    recipe: Annotated[str | None, Later] = None
+    """A published recipe, such as efficientnet_lars_65536: its model, resolution, batch and epochs."""
+    devices: int
+    """How many train, each on its part of the batch."""
+    images_per_second: Annotated[float | None, Later] = None
+    """Of the training on one device alone, measured with as many images as it will get."""
+    device_tflops: Annotated[float | None, Later] = None
+    """Or the peak of one device, 1e12 FLOP/s; training takes 3 x 2 FLOP for each MAC of the forward pass."""
+    utilisation: Annotated[float | None, Later] = None
+    """The share of the peak that training reaches (default: 0.08, that of EfficientNet-B5 on TPU v3; B2 has 0.04)."""
+    bandwidth: float
+    """GB/s of one link in one direction."""
+    link_latency: float = 5.0
+    """Microseconds from a device to its neighbour (ours: 1 is usual within a machine, 10 between machines)."""
+    topology: Literal["ring", "torus"] = "ring"
+    """Of the all-reduce; the torus is as square as the number of devices allows."""
+    batch: Annotated[int | None, Later] = None
+    """Images of a step on all devices (default: the recipe's, or 32 a device)."""
+    epochs: Annotated[int | None, Later] = None
+    """Passes over the training images (default: the recipe's, or 350, as EfficientNets are trained)."""
+    images: Annotated[int | None, Later] = None
+    """Training images (default: the recipe's, or ImageNet's 1281167)."""
+    resolution: Annotated[int | None, Later] = None
+    """Pixels a side of training images (default: the recipe's, the largest where they grow, or the network's own)."""
+    norm_images: int = 128
+    """Images that a batch norm takes its statistics over; 0: every device its own."""
+    gradient_bytes: Literal[4, 2] = 4
+    """Sent for each parameter."""
+    overlap: float = 0.0
+    """Share of the gradients' all-reduce that passes during the backward pass; 0 bounds the cost from above."""
+    price: Annotated[float | None, Later] = None
+    """Of one device for an hour, in any money."""
+    json: bool = False
+    """Print one JSON object on stdout."""
+
+    def run(self) -> Answer:
+        peak, measured = self.device_tflops, self.images_per_second
+        if peak is None and measured is None:
+            raise UserError("neither --images-per-second nor --device-tflops was given: how fast is one device?")
+        if peak is not None and measured is not None:
+            raise UserError("both --images-per-second and --device-tflops were given; one says how fast a device is")
+        if peak is None and self.utilisation is not None:
+            raise UserError("--utilisation was given with --images-per-second; it is a share of --device-tflops")
+        if self.price is not None and not 0 <= self.price < float("inf"):
+            raise UserError(f"price is {self.price}; allowed: 0 or more")
+        import torch
+
+        from netsmith.spaces.networks import NETWORKS, RESOLUTIONS
+        from netsmith.train.recipes import IMAGENET, published
+        from netsmith.train.scaling import Cluster, Load, predict
+
+        links: dict[str, Any] = {name: getattr(self, name) for name in ("bandwidth", "link_latency", "topology")}
+        cluster = Cluster(devices=self.devices, **links)
+        recipe = None if self.recipe is None else published(self.recipe)
+        model = recipe.model if recipe and self.model is None else self.model
+        if model is None:
+            raise UserError("neither --model nor --recipe was given; --model efficientnet_b5, for one")
+        if model not in NETWORKS:
+            raise unknown("model", model, NETWORKS)
+        asked = {
+            "batch": recipe.recipe.batch_size if recipe else 32 * self.devices,
+            "epochs": recipe.recipe.epochs if recipe else 350,
+            "images": recipe.images if recipe else IMAGENET,
+            "resolution": RESOLUTIONS[model],
+        }
+        if recipe and recipe.model == model:  # of stages the largest: a bound from above
+            asked["resolution"] = max(recipe.recipe.resolutions, default=recipe.resolution)
+        asked |= {name: getattr(self, name) for name in asked if getattr(self, name) is not None}
+        if not 32 <= (resolution := asked.pop("resolution")) <= 4096:
+            raise UserError(f"resolution is {resolution}; allowed: 32 to 4096")
+        with torch.device("meta"):
+            load = Load.of(NETWORKS[model](), resolution)
+        share = UTILISATION if self.utilisation is None else self.utilisation
+        speed = load.images_per_second(peak, share) if peak is not None else measured
+        assert speed is not None
+        sent: dict[str, Any] = {name: getattr(self, name) for name in ("gradient_bytes", "norm_images", "overlap")}
+        found = predict(cluster, load, images_per_second=speed, **asked, **sent)
+        data = {"model": model, "resolution": resolution, "recipe": self.recipe, "parameters": load.parameters}
+        data |= {"macs": load.macs, "norm_layers": len(load.norms), "device_images_per_second": speed}
+        data |= {"device_tflops": peak, "utilisation": None if peak is None else share, **links, **sent}
+        cost = None if self.price is None else self.price * found.device_hours
+        data |= {"sides": cluster.sides, **found.data(), "price": self.price, "cost": cost}
+        return Answer(data, planned(data))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
     """Write one self-contained HTML page about one or several runs."""
 
@@ -303,11 +432,14 @@ class Report:
     def run(self) -> Answer:
         from netsmith.report.comparison import is_comparison, write_comparison
         from netsmith.report.page import write_report
+        from netsmith.training import is_training
 
         def left(run: Path) -> str:
             """Why a run is left out of the page about several."""
             if is_comparison(run):
                 return f"a comparison, which has a page of its own: {run} (netsmith report {shlex.quote(str(run))})"
+            if is_training(run):
+                return f"{run} is a training, which has no page: its result is {run / 'result.json'}"
             if (run / "problem.yaml").is_file() and not (run / "result.json").exists():
                 verb = "compare" if (run / "shared").is_dir() else "search"
                 return f"not finished: {run} (netsmith {verb} --resume {shlex.quote(str(run))})"
@@ -317,6 +449,8 @@ class Report:
             page = str(write_comparison(self.runs[0], self.out or self.runs[0] / "report.html"))
             return Answer({"report": page, "runs": [str(self.runs[0])], "left_out": []}, [page])
         runs = [run for run in self.runs if not left(run)] or self.runs
+        if is_training(runs[0]):
+            raise UserError(left(runs[0]))
         left_out = [run for run in self.runs if run not in runs]
         alone = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
         page = str(write_report(runs, self.out or alone))
@@ -329,7 +463,7 @@ class Report:
 class List:
     """List what there is, one line each."""
 
-    what: Positional[Literal["spaces", "methods", "devices", "tasks", "costs"]]
+    what: Positional[Literal["spaces", "methods", "devices", "tasks", "costs", "networks", "recipes"]]
     """Which list."""
     json: bool = False
     """Print one JSON object on stdout."""
@@ -345,15 +479,21 @@ class List:
 Asked = TypeVar("Asked", bound=ProblemOptions)
 
 
-def before(kind: type[ProblemOptions], arguments: Sequence[str]) -> dict[str, Any]:
-    """The defaults of a verb's fields: what the file says that --config names. Repeated budgets are gathered, not
-    added to these."""
+def config_among(arguments: Sequence[str]) -> Path | None:
+    """The file that the last --config names."""
     config = None
     for i, argument in enumerate(arguments):
         if argument == "--config" and i + 1 < len(arguments):
             config = Path(arguments[i + 1])
         elif argument.startswith("--config="):
             config = Path(argument.removeprefix("--config="))
+    return config
+
+
+def before(kind: type[ProblemOptions], arguments: Sequence[str]) -> dict[str, Any]:
+    """The defaults of a verb's fields: what the file says that --config names. Repeated budgets are gathered, not
+    added to these."""
+    config = config_among(arguments)
     known = vars(read_options(config, kind) if config else kind())
     return {**known, "budget": (), "config": config, "unless_given": known["budget"]}
 
@@ -362,6 +502,30 @@ def given(kind: type[Asked], verb: Any, budget: tuple[str, ...]) -> Asked:
     """The options among a verb's fields; ``budget``: where none was given."""
     own: dict[str, Any] = {field.name: getattr(verb, field.name) for field in fields(kind)}
     return kind(**{**own, "budget": own["budget"] or budget})
+
+
+def planned(data: dict[str, Any]) -> list[str]:
+    """What a plan says to a person."""
+    devices, batch, group = data["devices"], data["batch"], data["norm_group"]
+    links = "x".join(map(str, data["sides"])) if data["topology"] == "torus" else "ring"
+    where = f"on {devices:,} devices ({links})" if devices > 1 else "on one device"
+    ms = {name: f"{1e3 * data[name]:,.2f}" for name in ("step", "compute", "gradients", "hidden", "norms")}
+    hidden = f", {ms['hidden']} of them hidden" if data["hidden"] else ""
+    speed, cost = "as given", ""
+    if data["device_tflops"] is not None:
+        speed = f"if it reaches {100 * data['utilisation']:.3g} % of {data['device_tflops']:g} TFLOP/s"
+    if data["cost"] is not None:
+        cost = f"; {data['cost']:,.2f} at {data['price']:g} an hour"
+    return [
+        f"{data['model']} at {data['resolution']} px {where}, batch {batch:,} ({batch // devices:,} a device)",
+        f"step {ms['step']} ms: compute {ms['compute']}, all-reduce of gradients {ms['gradients']}{hidden}, "
+        f"of batch norm {ms['norms']}" + (f" (groups of {group})" if group > 1 else ""),
+        f"{data['images_per_second']:,.0f} images/s; all-reduce is {data['all_reduce_percent']:.2f} % of the step, "
+        f"efficiency against one device {100 * data['efficiency']:.1f} %",
+        f"{data['epochs']:,} epochs of {data['steps_per_epoch']:,.2f} steps: {data['total_steps']:,} steps, "
+        f"{data['hours']:,.3f} hours, {data['device_hours']:,.1f} device hours{cost}",
+        f"one device: {data['device_images_per_second']:,.4g} images/s, {speed}",
+    ]
 
 
 @contextmanager

@@ -107,7 +107,8 @@ def test_normalised_images_have_mean_zero_and_deviation_one(digits):
 
 def test_shift_and_flip_equals_crops_made_one_by_one():
     images = torch.randint(1, 256, (64, 3, 8, 8), dtype=torch.uint8)
-    shifted = augment.shift_and_flip(images, 2, True, torch.Generator().manual_seed(0))
+    numbers = augment.draws(len(images), torch.Generator().manual_seed(0))
+    shifted = augment.shift_and_flip(images, 2, True, numbers)
     assert shifted.is_contiguous(memory_format=torch.channels_last)
     padded = torch.nn.functional.pad(images, (2,) * 4)
     places = set()
@@ -123,7 +124,7 @@ def test_shift_and_flip_equals_crops_made_one_by_one():
         assert len(match) == 1
         places.add(match[0])
     assert len(places) > 25  # of 50: each image has its own draw
-    still = augment.shift_and_flip(images, 2, False, torch.Generator().manual_seed(0))
+    still = augment.shift_and_flip(images, 2, False, numbers)
     assert all(
         any(padded[i, :, top : top + 8, left : left + 8].equal(still[i]) for top in range(5) for left in range(5))
         for i in range(64)
@@ -134,12 +135,79 @@ def test_shift_and_flip_equals_crops_made_one_by_one():
 def test_randaugment_and_random_crops_leave_the_global_generator_alone(channels):
     images = torch.randint(0, 256, (20, channels, 70, 70), dtype=torch.uint8)
     state = torch.get_rng_state()
-    for change in (lambda g: augment.randaugment(images, 9, g), lambda g: augment.crop_and_flip(images, 64, True, g)):
-        first, second, other = (change(torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    for change in (lambda n: augment.randaugment(images, 9, n), lambda n: augment.crop_and_flip(images, 64, True, n)):
+        numbers = [augment.draws(len(images), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+        first, second, other = map(change, numbers)
         assert first.equal(second)
         assert not first.equal(other)
         assert first.dtype == torch.uint8
     assert torch.get_rng_state().equal(state)
+
+
+def test_crops_on_a_grid_are_those_made_one_by_one():
+    smooth = torch.linspace(0, 255, 80)
+    images = torch.stack([smooth.expand(80, 80), smooth.expand(80, 80).T, 255 - smooth.expand(80, 80)])
+    images = images.to(torch.uint8).expand(24, 3, 80, 80)
+    numbers = augment.draws(24, torch.Generator().manual_seed(0))
+    crops = augment.crop_and_flip(images, 70, True, numbers)
+    assert crops.shape == (24, 3, 70, 70)
+    widths = (crops[:, 0, 35].float().amax(1) - crops[:, 0, 35].float().amin(1)) / 255
+    heights = (crops[:, 1, :, 35].float().amax(1) - crops[:, 1, :, 35].float().amin(1)) / 255
+    area = widths * heights
+    assert 0.3 < area.min() < 0.5
+    assert 0.8 < area.max() <= 1
+    assert 0.7 < (widths / heights).min() < 0.9
+    mirrored = crops[:, 0, 35, -1] < crops[:, 0, 35, 0]
+    assert 4 < mirrored.sum() < 20
+    still = augment.crop_and_flip(images, 70, False, numbers)
+    assert still[mirrored].flip(-1).equal(crops[mirrored])
+    side = torch.tensor([80, 80])
+    boxes = (numbers[:, :2] * side * 0).long(), side.expand(24, 2), mirrored
+    whole = [function(images, *boxes, 70).float() for function in (augment._resized, augment._sampled)]
+    assert (whole[0] - whole[1]).abs().max() <= 4  # one of them blurs
+
+
+@pytest.mark.parametrize("resolution", [8, 64])
+def test_parts_of_a_batch_are_the_batch_to_the_bit(resolution):
+    task = open_task("digits", limit=100, resolution=resolution)
+    options = {"train": True, "seed": 3, "epoch": 1, "randaugment": 5, "mirror": True}
+    whole = list(task.batches("trainval", 30, **options))
+    assert [len(labels) for _, labels in whole] == [25, 25, 25, 25]
+    for parts in (2, 3, 7):
+        split = [list(task.batches("trainval", 30, part=(i, parts), **options)) for i in range(parts)]
+        for number, (images, labels) in enumerate(whole):
+            assert torch.cat([own[number][0] for own in split]).equal(images)
+            assert torch.cat([own[number][1] for own in split]).equal(labels)
+    later = list(task.batches("trainval", 30, first=2, part=(1, 2), led=True, **options))
+    assert len(later) == 2
+    images, labels = whole[2]
+    assert later[0][0].equal(images[11:])  # the second half, and the image before it
+    around = next(task.batches("trainval", 30, part=(0, 2), led=True, **options))
+    assert around[1].equal(torch.cat([whole[0][1][-1:], whole[0][1][:12]]))
+
+
+def test_what_other_processes_read_ahead_is_the_same(digits):
+    assert same(draw(digits, seed=3, loaders=2), draw(digits, seed=3))
+
+
+def test_parts_may_be_empty(digits):
+    sizes = [len(next(digits.batches("test", 400, train=False, part=(i, 500)))[1]) for i in range(500)]
+    assert sum(sizes) == 355
+    assert set(sizes) == {0, 1}
+
+
+def test_images_that_cannot_be_read_are_left_out_and_noted(digits):
+    split = digits.split("train")
+    labels = split.labels.clone()
+    labels[[3, 70]] = -1
+    task = replace(digits, splits={**digits.splits, "train": replace(split, labels=labels)}, skipped=set())
+    images, found = zip(*draw(task), strict=True)
+    assert sum(map(len, found)) == sum(map(len, images)) == len(split) - 2
+    assert min(map(min, found)) >= 0
+    assert task.skipped == {split.name(3), split.name(70)}
+    labels[:20] = -1
+    with pytest.raises(UserError, match=r"1\d images of .* cannot be read, such as image"):
+        draw(task)
 
 
 def test_resolution(digits):

@@ -199,11 +199,25 @@ def test_a_tar_reads_like_the_folder_it_holds(with_splits, tmp_path):
         open_task(f"folder:{home}", resolution=16)
 
 
+def test_a_tar_with_a_damaged_header_is_not_read_up_to_there(with_splits, tmp_path):
+    path = tmp_path / "images.tar"
+    with tarfile.open(path, "w") as archive:
+        archive.add(with_splits, ".")
+    with tarfile.open(path) as archive:
+        header = archive.getmembers()[20].offset
+    content = bytearray(path.read_bytes())
+    content[header] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"images\.tar is damaged: what follows .* is neither a file nor the end"):
+        open_task(f"folder:{path}", resolution=8)
+
+
 def test_too_large_to_keep_gives_the_same_images(plain, monkeypatch):
     kept = open_task(f"folder:{plain}", resolution=16)
     monkeypatch.setattr(folder, "KEEP_BYTES", 1000)
     anew = open_task(f"folder:{plain}", resolution=16)
     assert anew.split("test").source.kept is None
+    assert anew.split("test")[torch.arange(0)][0].shape == (0, 3, 16, 16)
     for epoch in (0, 1):
         for (a, _), (b, _) in zip(
             kept.batches("train", 4, train=True, epoch=epoch),

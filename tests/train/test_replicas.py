@@ -1,126 +1,168 @@
-"""Batch norm over groups of replicas: gloo processes against one process on the joined batch."""
+"""Several processes train and evaluate as one does; any number of them goes on from a checkpoint; one may die."""
 
+import contextlib
 import multiprocessing
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from netsmith.errors import UserError
-from netsmith.train.replicas import contiguous, group_size, over_groups, tiles
+from netsmith.tasks import open_task
+from netsmith.tasks.classification import Task
+from netsmith.train.group_batchnorm import GroupBatchNorm2d
+from netsmith.train.loop import evaluate, train
+from netsmith.train.recipe import Recipe
+from netsmith.train.replicas import ALONE, Replica
 
-IMAGES, CHANNELS = 3, 4
-
-
-def test_golden_groups():
-    assert tiles(4, 4, (2, 2)) == [
-        [0, 1, 2, 3, 8, 9, 10, 11],
-        [4, 5, 6, 7, 12, 13, 14, 15],
-        [16, 17, 18, 19, 24, 25, 26, 27],
-        [20, 21, 22, 23, 28, 29, 30, 31],
-    ]
-    sizes = [(1024, 65_536, 128), (1024, 32_768, 128), (1024, 65_536, 2_048), (8, 65_536, 128)]
-    assert [group_size(*one) for one in sizes] == [2, 4, 32, 8]
-    assert group_size(512, 16_384, 512) == 16
+RECIPE = Recipe(epochs=2, batch_size=64, learning_rate=0.05, ema=0.9, mixup=0.4, cutmix=1.0, randaugment=5)
 
 
-@pytest.mark.parametrize("tile", [(1, 1), (1, 4), (2, 2), (4, 2), (4, 4)])
-@pytest.mark.parametrize("cores", [1, 2])
-def test_tiles_are_a_partition(tile, cores):
-    groups = tiles(4, 8, tile, cores)
-    assert sorted(rank for group in groups for rank in group) == list(range(32 * cores))
-    assert {len(group) for group in groups} == {tile[0] * tile[1] * cores}
+class Double(nn.Sequential):
+    """In double precision, so that what is not rounding shows."""
 
-
-def test_groups_that_do_not_divide():
-    with pytest.raises(UserError, match=r"groups of 3 do not divide 4 replicas; allowed: \[1, 2, 4\]"):
-        contiguous(4, 3)
-    with pytest.raises(UserError, match="tiles of 3x1 do not divide a mesh of 4x4 chips"):
-        tiles(4, 4, (3, 1))
-    with pytest.raises(UserError, match="10 replicas do not divide"):
-        group_size(10, 320, 128)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.double())
 
 
 def network() -> nn.Module:
     torch.manual_seed(0)
-    layers = nn.Conv2d(3, CHANNELS, 3), nn.BatchNorm2d(CHANNELS, momentum=0.3), nn.SiLU(), nn.Conv2d(CHANNELS, 2, 1)
-    return nn.Sequential(*layers, nn.BatchNorm2d(2)).double()
+    body = nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 3, 2), nn.BatchNorm2d(8), nn.SiLU()
+    return Double(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).double()
 
 
-def batch(rank: int) -> torch.Tensor:
-    return 5 + 2 * torch.randn(IMAGES, 3, 6, 6, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+def digits() -> Task:
+    return open_task("digits", limit=150)
 
 
-def told(module: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Two steps forward, one backward, and everything that came out."""
-    module(images.flip(0))
-    images = images.clone().requires_grad_()
-    y = module(images)
-    (y * torch.linspace(-1, 1, y[0].numel(), dtype=y.dtype).view_as(y[0])).square().sum().backward()
-    slopes = {f"grad {name}": p.grad for name, p in module.named_parameters()}
-    return {"y": y.detach(), "x": images.grad, **slopes, **dict(module.named_buffers())}
+class Stopped(BaseException):
+    pass
 
 
-def replica(rank: int, world: int, groups: list[list[int]], folder: Path) -> None:
+def trained(rank: int, world: int, recipe: Recipe, steps: int | None, options: dict, folder: Path, out: str) -> None:
+    """One replica of ``world``; stopped after ``steps``, if they are given."""
     torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a machine's own name need not lead anywhere
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    found = told(over_groups(network(), groups), batch(rank))
-    for name in found:
-        if name.startswith("grad"):
-            dist.all_reduce(found[name])
-    torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    replica = ALONE
+    if world > 1:
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{out}", rank=rank, world_size=world)
+        replica = Replica(rank, world)
+    module, task = network(), digits()
+    if steps is not None:
+        passes = iter(range(steps))
+
+        def stop(*_) -> None:
+            if next(passes, None) is None:
+                raise Stopped
+
+        module.register_forward_pre_hook(stop)
+    history: list = []
+    with contextlib.suppress(Stopped):
+        history = train(module, task, recipe, replica=replica, watch=None if steps else "search", **options)
+    if not steps:
+        assert not any(isinstance(part, GroupBatchNorm2d) for part in module.modules())
+    sizes = 3, 7, 60  # with rests, and with batches smaller than the number of replicas
+    counted = [evaluate(module, task, "search", batch_size=size, replica=replica) for size in sizes if not steps]
+    torch.save({"state": module.state_dict(), "history": history, "counted": counted}, folder / f"{out}-{rank}.pt")
+    if world > 1:
+        dist.destroy_process_group()
 
 
-def replicas(world: int, groups: list[list[int]], folder: Path) -> list[dict[str, torch.Tensor]]:
-    folder.mkdir()
+def train_with(world: int, folder: Path, recipe: Recipe = RECIPE, steps: int | None = None, **options) -> list[dict]:
+    """What each of ``world`` processes ended with."""
+    out = f"{world}-{len(list(folder.iterdir()))}"
     context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=replica, args=(rank, world, groups, folder)) for rank in range(world)]
+    context.set_forkserver_preload(["netsmith.train.loop", "torchvision.transforms.v2"])
+    everyone = range(world)
+    own = recipe, steps, options, folder, out
+    processes = [context.Process(target=trained, args=(rank, world, *own)) for rank in everyone]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
+    return [torch.load(folder / f"{out}-{rank}.pt") for rank in everyone]
 
 
-def test_a_group_of_all_equals_one_process_on_the_joined_batch(tmp_path):
-    whole = told(network(), torch.cat([batch(0), batch(1)]))
-    found = replicas(2, [[0, 1]], tmp_path / "two")
-    assert torch.allclose(torch.cat([found[0]["y"], found[1]["y"]]), whole["y"], rtol=0, atol=1e-10)
-    assert torch.allclose(torch.cat([found[0]["x"], found[1]["x"]]), whole["x"], rtol=0, atol=1e-10)
-    for name in whole.keys() - {"y", "x"}:
-        for own in found:
-            assert torch.allclose(own[name], whole[name], rtol=0, atol=1e-9), name
+def assert_equal(one: dict, other: dict, atol: float = 1e-10) -> None:
+    for name, tensor in one["state"].items():
+        assert torch.allclose(tensor, other["state"][name], rtol=0, atol=atol), name
 
 
-def test_groups_of_one_are_local_and_order_within_a_group_does_not_matter(tmp_path):
-    alone = [told(network(), batch(rank)) for rank in range(4)]
-    found = replicas(4, contiguous(4, 1), tmp_path / "alone")
-    for own, local in zip(found, alone, strict=True):
-        assert torch.allclose(own["y"], local["y"], rtol=0, atol=1e-10)
-        means = torch.stack([one["1.running_mean"] for one in alone]).mean(0)
-        assert torch.allclose(own["1.running_mean"], means, rtol=0, atol=1e-10)
-    a = replicas(4, [[0, 2], [1, 3]], tmp_path / "a")
-    b = replicas(4, [[3, 1], [2, 0]], tmp_path / "b")
-    for one, other in zip(a, b, strict=True):
-        assert all(torch.allclose(one[name], other[name], rtol=0, atol=1e-12) for name in one)
-    pair = told(network(), torch.cat([batch(0), batch(2)]))
-    assert torch.allclose(torch.cat([a[0]["x"], a[2]["x"]]), pair["x"], rtol=0, atol=1e-9)
+def losses(found: dict) -> list[float]:
+    return [epoch["loss"] for epoch in found["history"]]
 
 
-def test_groups_that_are_no_partition(tmp_path, monkeypatch):
-    if sys.platform == "linux":
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        with pytest.raises(UserError, match="no equal parts of 1 replicas"):
-            over_groups(network(), [[0], [1]])
-    finally:
-        dist.destroy_process_group()
+def test_replicas_train_like_one_process(tmp_path):
+    (alone,) = train_with(1, tmp_path)
+    for found in train_with(3, tmp_path):
+        assert_equal(found, alone)
+        assert losses(found) == pytest.approx(losses(alone), abs=1e-6)
+        assert [epoch["accuracy"] for epoch in found["history"]] == [epoch["accuracy"] for epoch in alone["history"]]
+        assert found["counted"] == alone["counted"]
+    assert len(set(alone["counted"])) == 1
+
+
+def test_batch_norm_over_fewer_replicas_is_something_else(tmp_path):
+    (alone,) = train_with(1, tmp_path)
+    first, second = train_with(2, tmp_path, replace(RECIPE, norm_replicas=1))
+    assert_equal(first, second, atol=0)
+    with pytest.raises(AssertionError):
+        assert_equal(first, alone)
+    (grouped, *_) = train_with(4, tmp_path, replace(RECIPE, norm_replicas=2))
+    (tiled, *_) = train_with(4, tmp_path, RECIPE, groups=[[0, 1], [2, 3]])
+    assert_equal(grouped, tiled)
+
+
+def test_parts_of_a_batch_add_up(tmp_path):
+    """Without batch norm, which sees the parts."""
+    recipe = replace(RECIPE, ema=None)
+
+    def gradients(parts: int) -> dict[str, Tensor]:
+        module = network()
+        for name in ("1", "4"):
+            module.set_submodule(name, nn.Identity())
+        train(module, digits(), replace(recipe, accumulate=parts))
+        return module.state_dict()
+
+    whole = gradients(1)
+    for parts in (2, 5):
+        for name, tensor in gradients(parts).items():
+            assert torch.allclose(tensor, whole[name], rtol=0, atol=1e-12), name
+
+
+def test_accumulation_over_replicas(tmp_path):
+    """Batch norm sees the same quarters of a batch in one process as in two."""
+    (alone,) = train_with(1, tmp_path, replace(RECIPE, accumulate=4))
+    weights = {name: tensor for name, tensor in alone["state"].items() if "running" not in name}
+    weights = {name: tensor for name, tensor in weights.items() if "tracked" not in name}
+    for found in train_with(2, tmp_path, replace(RECIPE, accumulate=2, norm_replicas=1)):
+        assert_equal({"state": weights}, found)
+        assert losses(found) == pytest.approx(losses(alone), abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_any_number_of_replicas_goes_on_from_where_four_were_stopped(tmp_path, steps):
+    """Two steps an epoch: within the first, and within the second."""
+    path, undisturbed = tmp_path / "train.pt", network()
+    whole = train(undisturbed, digits(), RECIPE)
+    train_with(4, tmp_path, steps=steps, checkpoint=path, save_every=1)
+    state = torch.load(path)
+    assert 2 * state["epoch"] + len(state["losses"]) == steps
+    for world in (1, 2):
+        copy = tmp_path / f"{world}.pt"
+        copy.write_bytes(path.read_bytes())
+        for found in train_with(world, tmp_path, checkpoint=copy):
+            assert_equal(found, {"state": undisturbed.state_dict()})
+            assert losses(found) == pytest.approx([epoch["loss"] for epoch in whole], abs=1e-6)
+
+
+def test_batches_that_do_not_divide():
+    with pytest.raises(UserError, match="batches of 60 images cannot be divided over 1 replicas and 61 parts"):
+        train(network(), digits(), replace(RECIPE, accumulate=61))

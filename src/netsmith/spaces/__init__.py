@@ -30,7 +30,8 @@ SPACES = {
 
 
 def open_space(name: str, **options: Any) -> nn.Module:
-    """The supernet of that name; ``options`` are the arguments of its function.
+    """The supernet of that name; ``options`` are the arguments of its function. A network of
+    `netsmith.spaces.networks.NETWORKS` is a space in which nothing is open.
 
     Raises: UserError for an unknown name or option, and for a value that an option does not allow.
 
@@ -38,6 +39,11 @@ def open_space(name: str, **options: Any) -> nn.Module:
     """
     from pydantic import TypeAdapter, ValidationError
 
+    if name not in SPACES:
+        from netsmith.spaces.networks import NETWORKS
+
+        if name in NETWORKS:
+            return NETWORKS[name](**{option: value for option, value in options.items() if option != "resolution"})
     known = space_defaults(name)
     function = _function(name)
     kinds = get_type_hints(function, include_extras=True)

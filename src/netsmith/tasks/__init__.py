@@ -15,8 +15,11 @@ TASKS = {
     "cifar100": "small colour photographs, 32x32, 100 classes; the original files",
     "fashion-mnist": "clothes, 28x28 grey, 10 classes, 70,000 images; the original files",
     "folder:DIR": "your images: DIR/{train,val,test}/class/*.jpg or DIR/class/*.jpg, or a .tar of either",
+    "shards:DIR": "your images in webdataset shards: DIR/{train,val,test}-*.tar with KEY.jpg and KEY.cls",
 }
 """Name on the command line -> what it is."""
+IN_FOLDERS = ("folder:", "shards:")
+"""How the names of tasks begin that go on with a path."""
 
 
 def open_task(

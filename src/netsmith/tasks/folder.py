@@ -33,7 +33,7 @@ class ImageFile:
     path: Path
     name: str
     parts: tuple[str, ...]
-    """Folders and file name; as `find_images` gives it, the first is the class."""
+    """Folders and file name; as `find_images` gives it, the first is the class. In shards: shard and name."""
     offset: int = 0
     size: int = -1
 
@@ -71,12 +71,18 @@ class FolderImages:
     def __len__(self) -> int:
         return len(self.files)
 
+    def file(self, number: int) -> ImageFile:
+        return self.files[number]
+
     def __getitem__(self, indices: Tensor) -> Tensor:
         return self._decode(indices) if self.kept is None else self.kept[indices]
 
     def _decode(self, indices: Tensor) -> Tensor:
+        images = torch.empty(len(indices), 3, self.side, self.side, dtype=torch.uint8)
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # PIL lets go of the interpreter while it decodes
-            return torch.stack(list(pool.map(lambda i: decode(self.files[i], self.side), indices.tolist())))
+            for row, image in enumerate(pool.map(lambda i: decode(self.files[i], self.side), indices.tolist())):
+                images[row] = image
+        return images
 
 
 def decode(file: ImageFile, side: int) -> Tensor:
@@ -210,12 +216,16 @@ def _walk(folder: Path, above: frozenset[Path]) -> Iterator[Path]:
 def _list_tar(path: Path) -> Iterator[ImageFile]:
     try:
         with tarfile.open(path, "r:") as archive:
-            members = archive.getmembers()
+            members, end = archive.getmembers(), archive.offset
     except (tarfile.TarError, OSError, EOFError) as error:
         raise UserError(f"{path} is not an uncompressed .tar that can be read ({error})") from error
-    end = max((member.offset_data + member.size for member in members), default=0)
-    if path.stat().st_size < -(-end // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE + tarfile.BLOCKSIZE:
+    with open(path, "rb") as file:  # tarfile takes a damaged header for the end
+        file.seek(end)
+        after = file.read(tarfile.BLOCKSIZE)
+    if len(after) < tarfile.BLOCKSIZE:
         raise UserError(f"{path} is cut short: the block of zeros that ends a .tar is missing")
+    if any(after):
+        raise UserError(f"{path} is damaged: what follows {members[-1].name} is neither a file nor the end of a .tar")
     for member in members:
         parts = PurePosixPath(member.name).parts
         if any(part.startswith(".") for part in parts):  # a Mac packs a ._0.png beside 0.png

@@ -50,7 +50,8 @@ class Average:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.live = [tensor for tensor in module.state_dict().values() if tensor.is_floating_point()]
+        state = {name: tensor for name, tensor in module.state_dict().items() if tensor.is_floating_point()}
+        self.names, self.live = list(state), list(state.values())
         self.mean = [tensor.clone() for tensor in self.live]
 
     @torch.no_grad()

@@ -22,6 +22,12 @@ class Recipe:
     """Passes over the training images; the schedule spans them."""
     batch_size: int = 128
     """Images a step."""
+    accumulate: int = 1
+    """Parts in which each replica's share of a batch goes through the network, one after the other, where memory is
+    short; batch norm sees the parts."""
+    norm_replicas: int | None = None
+    """Replicas whose images batch norm joins, of those that train together; none: as many as give it 128 images, all
+    where there are at most 8 (tensorflow/tpu)."""
     optimizer: Literal["sgd", "adamw", "rmsprop", "lars", "lamb"] = "sgd"
     """sgd: with Nesterov momentum; rmsprop: TensorFlow's, as the EfficientNet papers mean it; lars: `train/lars.py`;
     lamb: You et al. 2020, arXiv:1904.00962."""
@@ -64,6 +70,21 @@ class Recipe:
     mirror: bool | None = None
     """Whether half of the training images are mirrored; none: as suits the task. Folders are taken for photographs:
     false for letters or arrows."""
+    augmented: bool = True
+    """Whether training images are shifted, cropped and mirrored; false: seen as those of the test are."""
+    resolutions: tuple[int, ...] = ()
+    """Pixels a side of the training images, in stages of equal length (progressive learning, Tan & Le 2021, section 4;
+    a single smaller one: reduced resolution, Masters et al. 2021); none: the task's."""
+    ramp: bool = False
+    """RandAugment and mixup grow with these stages, from 1 / n of them to all (Tan & Le: small images, little
+    augmentation)."""
+    tune_epochs: int = 0
+    """Epochs after these at the task's own resolution, of the last layers alone, with images as the test has them
+    (Masters et al. 2021)."""
+    tune_layers: int = 1
+    """How many of the network's parts learn then, from the end."""
+    tune_rate: float = 0.05
+    """Learning rate of these epochs for 512 images a batch, by SGD and without warm-up; falls along a cosine."""
     distillation: float = 0.0
     """Weight of the teacher's distribution in the loss, 0 to 1 (Hinton et al. 2015); 0: off. The teacher of a run is
     the reference, the largest network of the space."""
@@ -74,10 +95,12 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for names, legal, allowed in (
-            (("epochs", "batch_size"), lambda v: v >= 1, "1 or more"),
-            (("learning_rate", "temperature", "decay_epochs", "rmsprop_eps"), lambda v: v > 0, "above 0"),
-            (("rate_per",), lambda v: v is None or v >= 1, "none, or 1 or more"),
-            (("weight_decay", "l2_loss", "warmup_epochs", "mixup", "cutmix"), lambda v: v >= 0, "0 or more"),
+            (("epochs", "batch_size", "accumulate", "tune_layers"), lambda v: v >= 1, "1 or more"),
+            (("learning_rate", "tune_rate", "temperature", "decay_epochs", "rmsprop_eps"), lambda v: v > 0, "above 0"),
+            (("rate_per", "norm_replicas"), lambda v: v is None or v >= 1, "none, or 1 or more"),
+            (("resolutions",), lambda v: all(size >= 4 for size in v), "4 pixels or more each"),
+            (("weight_decay", "l2_loss", "warmup_epochs", "tune_epochs"), lambda v: v >= 0, "0 or more"),
+            (("mixup", "cutmix"), lambda v: v >= 0, "0 or more"),
             (("end_rate",), lambda v: 0 <= v <= 1, "0 to 1"),
             (("decay_rate",), lambda v: 0 < v <= 1, "above 0 to 1"),
             (("momentum", "label_smoothing", "rmsprop_decay"), lambda v: 0 <= v < 1, "0 to below 1"),

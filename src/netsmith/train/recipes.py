@@ -22,20 +22,27 @@ class Published:
     recipe: Recipe
     model: str
     resolution: int
-    """Pixels a side of the training images."""
+    """Pixels a side of the images of the test."""
     images: int = IMAGENET
     """In the training set."""
     note: str = ""
     """What the source has and this does not, or what is uncertain."""
 
     def scaled(
-        self, images: int, *, batch_size: int | None = None, epochs: int | None = None, linear: bool = True
+        self,
+        images: int,
+        *,
+        batch_size: int | None = None,
+        epochs: int | None = None,
+        resolution: int | None = None,
+        linear: bool = True,
     ) -> Recipe:
-        """The recipe for ``images`` training images, another batch size and another number of epochs.
+        """The recipe for ``images`` training images, another batch size, number of epochs and resolution (px).
 
         Warm-up and exponential decay keep their part of the training; a learning rate that is meant per so many images
         follows the batch, and any other does so too with ``linear``; the average of the weights looks back over
-        the same part of the training. Rates that end at a share of the peak still do.
+        the same part of the training. Rates that end at a share of the peak still do. Where training images are smaller
+        than those of the test, they stay so in the same proportion.
 
         Raises: UserError for numbers below 1.
         """
@@ -62,6 +69,9 @@ class Published:
             warmup_epochs=mine.warmup_epochs * part,
             decay_epochs=mine.decay_epochs * part,
             ema=ema,
+            resolutions=mine.resolutions
+            if resolution is None
+            else tuple(max(4, round(size * resolution / self.resolution)) for size in mine.resolutions),
         )
 
 
@@ -122,10 +132,13 @@ RECIPES: dict[str, Published] = {
             weight_decay=1e-5,
             l2_loss=0.0,
             mixup=0.1,
+            resolutions=(160,),
+            tune_epochs=2,
         ),
         model="efficientnet_b0_g16_pn",
-        resolution=160,
-        note=f"{NO_AUTO_AUGMENT} It averages checkpoints, one an epoch at 0.97, where this averages steps.",
+        resolution=224,
+        note=f"{NO_AUTO_AUGMENT} The rate of the fine-tuning is ours. The source averages checkpoints, one an epoch at "
+        "0.97, where this averages steps.",
     ),
     "amoebanet_d_dawnbench": Published(
         recipe=replace(

@@ -1,163 +1,88 @@
-"""Batch norm over groups of replicas (Wongpanich et al. 2020, arXiv:2011.00071, section 3.4; tensorflow/tpu,
-`efficientnet/utils.py`): a replica with few images normalises with its neighbours, not with all.
+"""The replicas of a training: processes that torchrun started, each with its part of every batch.
 
-Which replicas are neighbours is a partition of the ranks: consecutive ones, or rectangles of a two-dimensional mesh,
-so that a group of more than 16 stays compact on a torus. The result depends on who is in a group and on nothing else.
+One process alone is a replica too, the first of one. Nothing here looks at what is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from netsmith.errors import UserError
 
-TARGET = 128
-"""Images that a group normalises over, as in the official code (`batch_norm_batch_size`)."""
+
+@dataclass(frozen=True)
+class Replica:
+    """One of the processes that train a network together."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all replicas; every one of them has to ask."""
+        if self.count == 1:
+            return values
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    def tell(self, compute: Callable[[], Any]) -> Any:
+        """What ``compute()`` gives the first replica, for all of them; its UserError too."""
+        if self.count == 1:
+            return compute()
+        told: list[Any] = [None, None]
+        if self.first:
+            try:
+                told[0] = compute()
+            except UserError as error:
+                told[1] = str(error)
+        dist.broadcast_object_list(told, src=0)
+        if told[1] is not None:
+            raise UserError(told[1])
+        return told[0]
 
 
-def group_size(replicas: int, images: int, target: int = TARGET) -> int:
-    """Replicas that make up ``target`` of the ``images`` of a global batch; all of them where there are at most 8.
-
-    Raises: UserError where the replicas do not divide into such groups.
-
-    >>> group_size(1024, 65536), group_size(1024, 32768), group_size(8, 1024)
-    (2, 4, 8)
-    """
-    size = replicas if replicas <= 8 else max(1, target * replicas // images)
-    if replicas % size:
-        raise UserError(f"batch norm over groups of {size} replicas: {replicas} replicas do not divide into them")
-    return size
+ALONE = Replica()
 
 
-def contiguous(replicas: int, size: int) -> list[list[int]]:
-    """Groups of ``size`` consecutive ranks. Raises: UserError where ``size`` does not divide the replicas.
-
-    >>> contiguous(4, 2)
-    [[0, 1], [2, 3]]
-    """
-    if size < 1 or replicas % size:
-        allowed = [n for n in range(1, replicas + 1) if replicas % n == 0]
-        raise UserError(f"groups of {size} do not divide {replicas} replicas; allowed: {allowed}")
-    return [list(range(first, first + size)) for first in range(0, replicas, size)]
-
-
-def tiles(rows: int, columns: int, tile: tuple[int, int], cores: int = 2) -> list[list[int]]:
-    """Rectangles of ``tile`` rows and columns on a mesh of chips with ``cores`` ranks each; rank = (row * columns +
-    column) * cores + core, groups over columns first (as Google's MLPerf SSD code numbers them).
-
-    Raises: UserError where the tile does not divide the mesh.
-
-    >>> tiles(2, 2, (1, 2), cores=1)
-    [[0, 1], [2, 3]]
-    """
-    high, wide = tile
-    if high < 1 or wide < 1 or rows % high or columns % wide:
-        raise UserError(f"tiles of {high}x{wide} do not divide a mesh of {rows}x{columns} chips")
-    return [
-        [
-            (row * columns + column) * cores + core
-            for row in range(top, top + high)
-            for column in range(left, left + wide)
-            for core in range(cores)
-        ]
-        for top in range(0, rows, high)
-        for left in range(0, columns, wide)
-    ]
-
-
-def over_groups(network: nn.Module, groups: Sequence[Sequence[int]], *, biased: bool = False) -> nn.Module:
-    """Replace every `nn.BatchNorm2d` by one over the ``groups`` of ranks, in place; all ranks have to call this.
-
-    Raises: UserError where the groups are no partition of all ranks into equal parts.
-    """
-    ranks = sorted(rank for group in groups for rank in group)
-    if ranks != list(range(dist.get_world_size())) or len({len(group) for group in groups}) != 1:
-        raise UserError(f"the groups {list(map(list, groups))} are no equal parts of {dist.get_world_size()} replicas")
-    handles = [dist.new_group(list(group)) for group in groups]  # every rank makes all of them
-    mine = next(handle for handle, group in zip(handles, groups, strict=True) if dist.get_rank() in group)
-    assert isinstance(mine, dist.ProcessGroup)
-    for parent in list(network.modules()):
-        for name, norm in list(parent.named_children()):
-            if type(norm) is nn.BatchNorm2d:
-                options = {"eps": norm.eps, "momentum": norm.momentum, "affine": norm.affine}
-                wide = GroupBatchNorm2d(norm.num_features, mine, biased=biased, **options)
-                wide.load_state_dict(norm.state_dict())
-                setattr(parent, name, wide.to(next(norm.buffers()).dtype).train(norm.training))
-    return network
-
-
-class _GroupSum(torch.autograd.Function):
-    """The sum over a group of processes; its gradient is the same sum."""
-
-    @staticmethod
-    def forward(ctx, values: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        total = values.contiguous().clone()
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        total = slope.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-class GroupBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the images of all replicas of a group; equal to `nn.BatchNorm2d` of their joined batch.
-
-    Statistics are taken in single precision at least, as differences from the running mean, which all replicas share:
-    E[x^2] - E[x]^2 would cancel. The running statistics are those of all groups, averaged, so that they are equal
-    everywhere (the spread between the groups' means is not in the variance); ``biased`` keeps the variance as
-    TensorFlow does, without n / (n - 1). In eval mode nothing is sent.
-    """
-
-    def __init__(self, channels: int, group: dist.ProcessGroup | None, *, biased: bool = False, **options) -> None:
-        super().__init__(channels, **options)
-        self.group, self.biased = group, biased
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.group is None:
-            return super().forward(x)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        kind = torch.promote_types(x.dtype, torch.float32)
-        values = x.to(kind)
-        pivot = self.running_mean.to(kind)
-        variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
-        count, apart = x.numel() / x.shape[1], mean - pivot
-        number = values.new_tensor([count])
-        sums = torch.cat([count * apart, count * (variance + apart.square()), number])
-        channels = self.num_features
-        apart, squares, number = _GroupSum.apply(sums, self.group).split([channels, channels, 1])
-        apart, squares = apart / number, squares / number
-        variance = (squares - apart.square()).clamp_min(0)
-        mean = apart + pivot
-        scale = (variance + self.eps).rsqrt()
-        if self.affine:
-            scale = scale * self.weight.to(kind)
-        shift = -mean * scale if not self.affine else self.bias.to(kind) - mean * scale
-        y = torch.addcmul(shift[:, None, None], values, scale[:, None, None]).to(x.dtype)
-        self._remember(mean.detach(), variance.detach(), number.detach())
-        return y
-
-    @torch.no_grad()
-    def _remember(self, mean: Tensor, variance: Tensor, number: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        if not self.biased:
-            variance = variance * (number / (number - 1))
-        both = torch.cat([mean, variance])
-        dist.all_reduce(both)
-        both /= dist.get_world_size()
-        self.num_batches_tracked += 1
-        share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
-        mean, variance = both.to(self.running_mean.dtype).tensor_split(2)
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance, share)
+@contextmanager
+def joined(device: str | torch.device = "cpu") -> Iterator[Replica]:
+    """This process among those that torchrun started: gloo between CPUs, NCCL between GPUs. Else `ALONE`."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield ALONE
+        return
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    elif sys.platform == "linux" and int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == count:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all on this machine, whose own name need not lead anywhere
+    # What replicas tell each other when they meet stays in torchrun's store when all are started again (PyTorch 2.15),
+    # and those of the next attempt would look for the dead at their old ports: each attempt has names of its own.
+    store, rank, count = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=count)
+    try:
+        yield Replica(rank, count)
+    except RuntimeError as error:  # NCCL's is one too
+        if not isinstance(error, dist.DistBackendError) and "gloo" not in str(error):
+            raise
+        raise UserError(
+            "the connection to another replica is lost: it or its machine is gone; under torchrun --max-restarts N all "
+            "are started again, and go on from the last checkpoint"
+        ) from error
+    finally:
+        dist.destroy_process_group()
