@@ -108,7 +108,7 @@ def test_lists(what, capsys):
         ("search --seed 99999999999", "seed is 99999999999; allowed: 0 to 4294967295"),
         ("search --config around.yaml", "around.yaml: a mapping holds itself"),
         ("train nowhere", "nowhere is no run of netsmith"),
-        ("train", "RUN"),
+        ("train", "neither a RUN nor a --model"),
         ("ship nowhere", "nowhere is no run of netsmith"),
         ("measure nowhere", "nowhere does not exist"),
         ("measure .", "holds no model.onnx"),

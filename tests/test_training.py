@@ -81,7 +81,7 @@ def test_the_recipe_is_scaled_to_what_there_is():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "no --model was given"),
+        ([], "neither a RUN nor a --model was given"),
         (["--model", "efficentnet_b0"], "unknown network 'efficentnet_b0'; did you mean 'efficientnet_b0'"),
         (["--model", "resnet50", "--recipe", "lars"], "unknown recipe 'lars'"),
         (["--model", "resnet50", "--batch-size", "0"], "batch_size is 0; allowed: 1 or more"),

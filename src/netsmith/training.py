@@ -158,7 +158,7 @@ class _Training:
 def check_training(options: TrainingOptions) -> None:
     """What can be checked before data are opened. Raises: UserError."""
     if options.model is None:
-        raise UserError("no --model was given (netsmith list networks), nor the folder of a finished search")
+        raise UserError("neither a RUN nor a --model was given (netsmith list networks)")
     if options.model not in NETWORKS:
         raise unknown("network", options.model, NETWORKS)
     if options.recipe is not None:

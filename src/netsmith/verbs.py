@@ -449,7 +449,7 @@ class Report:
             page = str(write_comparison(self.runs[0], self.out or self.runs[0] / "report.html"))
             return Answer({"report": page, "runs": [str(self.runs[0])], "left_out": []}, [page])
         runs = [run for run in self.runs if not left(run)] or self.runs
-        if is_training(runs[0]):
+        if runs and is_training(runs[0]):
             raise UserError(left(runs[0]))
         left_out = [run for run in self.runs if run not in runs]
         alone = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")

@@ -164,7 +164,7 @@ def build(rows: str, classes: int, channels: int, style: Style) -> nn.Module:
     """The network of these rows, initialised as the EfficientNets are; logits `(n, classes)` of images `(n, channels,
     H, W)`."""
     *body, head = (row.split() for row in rows.split("|"))
-    blocks = sum(int(row[4][1:]) for row in body if row[0] not in ("stem", "conv", "pool"))
+    blocks = max(1, sum(int(row[4][1:]) for row in body if row[0] not in ("stem", "conv", "pool")))
     layers: list[nn.Module] = []
     inputs, built = channels, 0
     for kind, kernel, outputs, stride, repeats, act, *expansion in body:

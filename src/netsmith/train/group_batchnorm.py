@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from netsmith.errors import UserError
 
@@ -72,11 +74,15 @@ def tiles(rows: int, columns: int, tile: tuple[int, int], cores: int = 2) -> lis
 def over_groups(network: nn.Module, groups: Sequence[Sequence[int]], *, biased: bool = False) -> nn.Module:
     """Replace every `nn.BatchNorm2d` by one over the ``groups`` of ranks, in place; all ranks have to call this.
 
+    In groups of one they stay, unless they are to be ``biased``: `agree` is all that they need.
+
     Raises: UserError where the groups are no partition of all ranks into equal parts.
     """
     ranks = sorted(rank for group in groups for rank in group)
     if ranks != list(range(dist.get_world_size())) or len({len(group) for group in groups}) != 1:
         raise UserError(f"the groups {list(map(list, groups))} are no equal parts of {dist.get_world_size()} replicas")
+    if len(groups[0]) == 1 and not biased:
+        return network
     handles = [dist.new_group(list(group)) for group in groups]  # every rank makes all of them
     mine = next(handle for handle, group in zip(handles, groups, strict=True) if dist.get_rank() in group)
     assert isinstance(mine, dist.ProcessGroup)
@@ -115,21 +121,36 @@ def agree(tensors: Sequence[Tensor]) -> None:
             tensor.copy_(mean.view_as(tensor))
 
 
-class _GroupSum(torch.autograd.Function):
-    """The sum over a group of processes; its gradient is the same sum."""
+class _Normalise(torch.autograd.Function):
+    """y = (x - mean) / sqrt(variance + eps) * weight + bias with the statistics of the group, which depend on x.
+
+    With g the gradient of y, h the normalised x, n the group's numbers a channel and sums over the group:
+
+        dx = weight / sqrt(variance + eps) * (g - (sum(g) + h sum(g h)) / n)
+
+    PyTorch's kernels for fixed statistics do both passes and this replica's part of the sums.
+    """
 
     @staticmethod
-    def forward(ctx, values: Tensor, group: dist.ProcessGroup) -> Tensor:  # type: ignore[override]
-        ctx.group = group
-        total = values.contiguous().clone()
-        dist.all_reduce(total, group=group)
-        return total
+    def forward(ctx, x, weight, bias, mean, variance, number, eps, group) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight, mean, variance, number)
+        ctx.eps, ctx.group = eps, group
+        return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
 
     @staticmethod
-    def backward(ctx, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        total = slope.contiguous().clone()
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
+    @once_differentiable
+    def backward(ctx, slope):  # type: ignore[override]
+        x, weight, mean, variance, number = ctx.saved_tensors
+        fixed = torch.ops.aten.native_batch_norm_backward
+        dx, dweight, dbias = fixed(slope, x, weight, mean, variance, None, None, False, ctx.eps, [True, True, True])
+        sums = torch.cat([dbias, dweight])
+        dist.all_reduce(sums, group=ctx.group)
+        scale = (variance + ctx.eps).rsqrt()
+        of_slope, of_product = (sums / number).tensor_split(2)
+        along = -weight * scale.square() * of_product
+        offset = -weight * scale * of_slope - mean * along
+        dx = torch.addcmul(dx, x, along[:, None, None]).add_(offset[:, None, None])
+        return dx, dweight, dbias, None, None, None, None, None
 
 
 class GroupBatchNorm2d(nn.BatchNorm2d):
@@ -154,22 +175,20 @@ class GroupBatchNorm2d(nn.BatchNorm2d):
         kind = torch.promote_types(x.dtype, torch.float32)
         values = x.to(kind)
         pivot = self.running_mean.to(kind)
-        variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
-        count, apart = x.numel() / x.shape[1], mean - pivot
-        number = values.new_tensor([count])
-        sums = torch.cat([count * apart, count * (variance + apart.square()), number])
         channels = self.num_features
-        apart, squares, number = _GroupSum.apply(sums, self.group).split([channels, channels, 1])
-        apart, squares = apart / number, squares / number
-        variance = (squares - apart.square()).clamp_min(0)
-        mean = apart + pivot
-        scale = (variance + self.eps).rsqrt()
-        if self.affine:
-            scale = scale * self.weight.to(kind)
-        shift = -mean * scale if not self.affine else self.bias.to(kind) - mean * scale
-        y = torch.addcmul(shift[:, None, None], values, scale[:, None, None]).to(x.dtype)
-        self._remember(mean.detach(), variance.detach(), number.detach())
-        return y
+        with torch.no_grad():
+            variance, mean = torch.var_mean(values, (0, 2, 3), correction=0)
+            count, apart = x.numel() / x.shape[1], mean - pivot
+            sums = torch.cat([count * apart, count * (variance + apart.square()), values.new_tensor([count])])
+            dist.all_reduce(sums, group=self.group)
+            apart, squares, number = sums.split([channels, channels, 1])
+            apart, squares = apart / number, squares / number
+            mean, variance = apart + pivot, (squares - apart.square()).clamp_min(0)
+            self._remember(mean, variance, number)
+        weight = self.weight.to(kind) if self.affine else torch.ones_like(mean)
+        bias = self.bias.to(kind) if self.affine else torch.zeros_like(mean)
+        y = _Normalise.apply(values, weight, bias, mean, variance, number, self.eps, self.group)
+        return y.to(x.dtype)  # type: ignore[union-attr]
 
     @torch.no_grad()
     def _remember(self, mean: Tensor, variance: Tensor, number: Tensor) -> None:

@@ -72,8 +72,10 @@ def joined(device: str | torch.device = "cpu") -> Iterator[Replica]:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all on this machine, whose own name need not lead anywhere
     # What replicas tell each other when they meet stays in torchrun's store when all are started again (PyTorch 2.15),
     # and those of the next attempt would look for the dead at their old ports: each attempt has names of its own.
-    store, rank, count = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    store, rank, count = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    store = dist.PrefixStore(  # type: ignore[attr-defined]
+        f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+    )
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=count)
     try:
         yield Replica(rank, count)
