@@ -29,7 +29,7 @@ from netsmith.ship.weights import load, save
 from netsmith.spaces import open_space
 from netsmith.spaces.networks import NETWORKS, RESOLUTIONS
 from netsmith.tasks import open_task
-from netsmith.tasks.classification import Task
+from netsmith.tasks.classification import Task, steps
 from netsmith.tasks.folder import FolderImages
 from netsmith.train.loop import train
 from netsmith.train.recipe import Recipe
@@ -41,6 +41,9 @@ LEAST_STEPS = 20
 """An epoch has, where the batch size is left open: with fewer there is nothing to learn from a gradient."""
 TINY = 64
 """Pixels up to which a network that can do without the stride of its stem does."""
+SHORT = 2000
+"""Steps below which batch norm's running statistics follow ten times faster than EfficientNet's (TensorFlow's 0.99):
+after a few hundred steps those would still be the ones of the start."""
 FOR_TINY = {"efficientnet_b": ("stem_stride", 1), "amoebanet": ("small", True)}
 """Family -> the option that does this."""
 
@@ -179,9 +182,14 @@ def problem_of(options: TrainingOptions, task: Task, device: str, command: Seque
             if options.model.startswith(family):
                 model_options.setdefault(option, value)
     shape = {"classes": task.classes, "channels": task.channels, "resolution": task.resolution}
+    split = "train" if options.watch else "trainval"
+    images = len(task.splits[split])
+    recipe = make_recipe(options, task, device, images)
+    taken = recipe.epochs * steps(images, recipe.batch_size)
+    if taken < SHORT and options.model.startswith("efficientnet"):
+        model_options.setdefault("momentum", 0.1)
     with torch.device("meta"):
         open_space(options.model, **model_options, **shape)
-    split = "train" if options.watch else "trainval"
     data = options.data
     if not data and task.name in ("cifar10", "cifar100", "fashion-mnist"):
         found = Path(task.source)
@@ -194,7 +202,7 @@ def problem_of(options: TrainingOptions, task: Task, device: str, command: Seque
         "space": options.model,
         "space_options": {**model_options, **shape},
         "recipe_name": options.recipe,
-        "recipe": _plain(make_recipe(options, task, device, len(task.splits[split]))),
+        "recipe": _plain(recipe),
         "split": split,
         "seed": options.seed,
         "command": list(command),

@@ -89,3 +89,11 @@ def test_the_l2_loss_is_what_it_says(monkeypatch):
     loop.train(by_hand, task, replace(plain, weight_decay=0.0))
     for a, b in zip(decayed.parameters(), by_hand.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_decay_that_is_meant_for_images_follows_the_batch():
+    half = RECIPES["graphcore_b0_half_resolution"].scaled(50_000, batch_size=64, epochs=10, resolution=32)
+    assert half.rmsprop_decay == pytest.approx(1 - 64 * 2**-14)
+    assert half.peak == pytest.approx(64 * 2**-14)
+    assert half.resolutions == (23,)  # 160 of 224
+    assert RECIPES["efficientnet_rmsprop_4096"].scaled(50_000, batch_size=64).rmsprop_decay == 0.9

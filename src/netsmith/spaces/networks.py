@@ -223,7 +223,7 @@ def _layer(
 
 def initialise(network: nn.Module, momentum: float) -> None:
     """Draw weights as tensorflow/tpu does: convolutions N(0, 2 / fan), with fan = k * k * outputs / groups (a depthwise
-    one counts one output), linear layers uniform in +-1/sqrt(classes)."""
+    one counts one output), linear layers uniform in +-1/sqrt(classes), counted as 1,000 at least."""
     for part in network.modules():
         if isinstance(part, nn.BatchNorm2d):
             part.momentum = momentum
@@ -233,7 +233,8 @@ def initialise(network: nn.Module, momentum: float) -> None:
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Linear) and not part.weight.is_meta:
-            nn.init.uniform_(part.weight, -1 / math.sqrt(part.out_features), 1 / math.sqrt(part.out_features))
+            bound = 1 / math.sqrt(max(part.out_features, 1000))  # of few classes logits would begin ten times as large
+            nn.init.uniform_(part.weight, -bound, bound)
             nn.init.zeros_(part.bias)
 
 

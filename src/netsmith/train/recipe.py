@@ -24,7 +24,7 @@ class Recipe:
     """Images a step."""
     accumulate: int = 1
     """Parts in which each replica's share of a batch goes through the network, one after the other, where memory is
-    short; batch norm sees the parts."""
+    short; batch norm sees the parts, and its running statistics follow each of them."""
     norm_replicas: int | None = None
     """Replicas whose images batch norm joins, of those that train together; none: as many as give it 128 images, all
     where there are at most 8 (tensorflow/tpu)."""

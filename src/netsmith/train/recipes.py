@@ -25,6 +25,8 @@ class Published:
     """Pixels a side of the images of the test."""
     images: int = IMAGENET
     """In the training set."""
+    decay_of_images: bool = False
+    """`rmsprop_decay` is meant for so many images and not for steps: 1 - decay follows the batch."""
     note: str = ""
     """What the source has and this does not, or what is uncertain."""
 
@@ -61,8 +63,12 @@ class Published:
             share = (1 / (1 - ema)) / (mine.epochs * self.images / mine.batch_size)
             back = max(2.0, share * length * images / size)
             ema = round(1 - 1 / back, 6)
+        decay = mine.rmsprop_decay
+        if self.decay_of_images:
+            decay = max(0.0, 1 - (1 - decay) * size / mine.batch_size)
         return replace(
             mine,
+            rmsprop_decay=decay,
             epochs=length,
             batch_size=size,
             learning_rate=rate,
@@ -137,6 +143,7 @@ RECIPES: dict[str, Published] = {
         ),
         model="efficientnet_b0_g16_pn",
         resolution=224,
+        decay_of_images=True,
         note=f"{NO_AUTO_AUGMENT} The rate of the fine-tuning is ours. The source averages checkpoints, one an epoch at "
         "0.97, where this averages steps.",
     ),
