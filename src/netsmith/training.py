@@ -31,6 +31,7 @@ from netsmith.spaces.networks import NETWORKS, RESOLUTIONS
 from netsmith.tasks import open_task
 from netsmith.tasks.classification import Task, steps
 from netsmith.tasks.folder import FolderImages
+from netsmith.tasks.shards import ShardImages
 from netsmith.train.loop import train
 from netsmith.train.recipe import Recipe
 from netsmith.train.recipes import published
@@ -65,6 +66,9 @@ def train_network(options: TrainingOptions, say: Say, *, command: Sequence[str] 
             run = stack.enter_context(_open(options, problem_of(options, task, device, command)))
             runs.append(run)
             say.line(f"{run.path}: {run.problem['space']} on {task.name}, {_in_words(run.problem['recipe'])}")
+            source = task.splits[run.problem["split"]].source
+            if isinstance(source, ShardImages) and source.skipped:
+                say.line(f"left out: {len(source.skipped)} shards that cannot be read, such as {source.skipped[0]}")
             done = run.has("trained")
             seeds = {name: run.seed(name) for name in ("network", "train", "tune")}
             return {"problem": run.problem, "path": str(run.path.absolute()), "done": done, "seeds": seeds}
