@@ -196,10 +196,9 @@ class _Training:
         if compiled:
             network = cast(nn.Module, torch.compile(self.module))
         if self.replica.count > 1:
-            ids = [self.device] if self.device.type == "cuda" else None
             with warnings.catch_warnings(action="ignore", category=FutureWarning):
                 # PyTorch 2.15 has another word for it, which 2.11 does not know.
-                network = DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+                network = DistributedDataParallel(network, broadcast_buffers=False)
         self.forward = network
 
     def train_epoch(self, save_every: int | None) -> dict[str, float]:
