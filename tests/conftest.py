@@ -12,7 +12,7 @@ from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
 from netsmith.decisions import OneOf, Places, Rule, Width
 
 if torch.backends.cpu.get_cpu_capability() == "AVX2":
-    # oneDNN 3.13.3 (PyTorch 2.15) corrupts memory there when it trains cells of four channels; its older kernels do not.
+    # oneDNN 3.13.3 (PyTorch 2.15) corrupts memory there when cells of four channels train; its older kernels do not.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
 torch.set_num_threads(1)  # two threads on a busy core wait for each other: ten times the time
 
