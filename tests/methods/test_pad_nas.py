@@ -173,7 +173,8 @@ def test_what_is_scored_counted_and_spared(tmp_path, monkeypatch):
     )["value"]
     with new_run(tmp_path / "again") as run:
         batches = list(replace(PADNAS(), calibration=2)._calibrating(problem, run))
-    searcher = SinglePath(problem, [])
+    left = [{"body": one.architecture["body"]} for one in scored]  # the structures that the race left
+    searcher = SinglePath(problem, left)
     searcher.restore(load_state(tmp_path / "run/checkpoints/pad_nas-stage1.pt")["searcher"])
     for one in scored:
         network = derive(searcher.supernet, one.architecture)
