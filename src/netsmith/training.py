@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,12 @@ def train_network(options: TrainingOptions, say: Say, *, command: Sequence[str] 
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda was given, but PyTorch sees no GPU here")
     with joined(device) as replica, ExitStack() as stack:
-        runs: list[Run] = []
+        here: list[tuple[Run, Task]] = []  # of the first replica
 
         def opened() -> dict[str, Any]:
             task = open_task(absolute_task(options.task), options.data, resolution=_resolution(options))
             run = stack.enter_context(_open(options, problem_of(options, task, device, command)))
-            runs.append(run)
+            here.append((run, task))
             say.line(f"{run.path}: {run.problem['space']} on {task.name}, {_in_words(run.problem['recipe'])}")
             source = task.splits[run.problem["split"]].source
             if isinstance(source, ShardImages) and source.skipped:
@@ -77,22 +77,25 @@ def train_network(options: TrainingOptions, say: Say, *, command: Sequence[str] 
         if asked["done"] and not replica.first:
             return None
         with threads_for(asked["problem"]["resolution"]):
-            return _Training(asked, options, device, replica, runs[0] if runs else None, say).result()
+            run, task = here[0] if here else (None, task_of(asked["problem"]))
+            return _Training(asked, options, device, replica, run, task, say).result()
 
 
+@dataclass
 class _Training:
-    """A training, opened by one replica; ``run`` is the first one's."""
+    """A training as one replica has it; the ``run`` is the first one's."""
 
-    def __init__(
-        self, asked: dict[str, Any], options: TrainingOptions, device: str, replica: Replica, run: Run | None, say: Say
-    ) -> None:
-        self.asked, self.options, self.device, self.replica, self.run, self.say = (
-            asked, options, device, replica, run, say,
-        )  # fmt: skip
-        problem = asked["problem"]
-        data = problem["data"]
-        self.task = open_task(problem["task"], Path(data) if data else None, resolution=problem["resolution"])
-        self.recipe = Recipe(**{**problem["recipe"], "resolutions": tuple(problem["recipe"]["resolutions"])})
+    asked: dict[str, Any]
+    options: TrainingOptions
+    device: str
+    replica: Replica
+    run: Run | None
+    task: Task
+    say: Say
+
+    def __post_init__(self) -> None:
+        recipe = self.asked["problem"]["recipe"]
+        self.recipe = Recipe(**{**recipe, "resolutions": tuple(recipe["resolutions"])})
 
     def result(self) -> dict | None:
         network = built(self.asked["problem"], self.asked["seeds"]["network"])
@@ -229,6 +232,12 @@ def make_recipe(options: TrainingOptions, task: Task, device: str, images: int) 
     return checked(Recipe, {**asdict(recipe), **options.recipe_options}, "recipe_options")
 
 
+def task_of(problem: dict[str, Any]) -> Task:
+    """The task of a `problem.yaml`, opened."""
+    data = problem["data"]
+    return open_task(problem["task"], Path(data) if data else None, resolution=problem["resolution"])
+
+
 def built(problem: dict[str, Any], seed: int) -> nn.Module:
     """The untrained network of a training, with the same weights every time."""
     with torch.random.fork_rng():
@@ -246,11 +255,7 @@ def ship_trained(folder: Path, say: Say) -> dict:
     """Export and judge the network of a finished training again."""
     with Run.open(folder) as run:
         run.read_json("result.json")
-        data = run.problem["data"]
-        task = open_task(
-            run.problem["task"], Path(data) if data else None, resolution=run.problem["resolution"]
-        )  # as it was
-        return judged(run, load(folder), task)
+        return judged(run, load(folder), task_of(run.problem))
 
 
 def is_training(folder: Path) -> bool:
