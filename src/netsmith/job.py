@@ -23,6 +23,7 @@ from netsmith.cost.meter import measure
 from netsmith.cost.prices import Prices
 from netsmith.cost.table import Calibration, LatencyTable, TableDevice
 from netsmith.errors import UserError
+from netsmith.options import checked
 from netsmith.run import Run
 from netsmith.search.problem import Problem
 from netsmith.search.promise import ENOUGH, Timer, export_untrained
@@ -70,7 +71,7 @@ class Job:
 
     @cached_property
     def recipe(self) -> Recipe:
-        return Recipe(**self.asked["recipe"])
+        return checked(Recipe, self.asked["recipe"], "recipe")
 
     def open(self) -> None:
         """Open all that may not be there any more. Raises: UserError for what is not."""

@@ -94,8 +94,7 @@ class _Training:
     say: Say
 
     def __post_init__(self) -> None:
-        recipe = self.asked["problem"]["recipe"]
-        self.recipe = Recipe(**{**recipe, "resolutions": tuple(recipe["resolutions"])})
+        self.recipe = checked(Recipe, self.asked["problem"]["recipe"], "recipe")
 
     def result(self) -> dict | None:
         network = built(self.asked["problem"], self.asked["seeds"]["network"])
@@ -209,7 +208,7 @@ def problem_of(options: TrainingOptions, task: Task, device: str, command: Seque
         "space": options.model,
         "space_options": {**model_options, **shape},
         "recipe_name": options.recipe,
-        "recipe": _plain(recipe),
+        "recipe": asdict(recipe),
         "split": split,
         "seed": options.seed,
         "command": list(command),
@@ -312,10 +311,6 @@ def _loaders(options: TrainingOptions, task: Task, split: str, device: str) -> i
     if in_memory or device == "cpu":  # which has nothing left for others
         return 0
     return min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
-def _plain(recipe: Recipe) -> dict[str, Any]:
-    return {**asdict(recipe), "resolutions": list(recipe.resolutions)}
 
 
 def _in_words(recipe: dict[str, Any]) -> str:

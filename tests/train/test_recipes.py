@@ -6,6 +6,8 @@ from torch import nn
 
 from netsmith.errors import UserError
 from netsmith.spaces.networks import NETWORKS
+from netsmith.train.loop import stage
+from netsmith.train.recipe import Recipe
 from netsmith.train.recipes import IMAGENET, RECIPES, published
 from netsmith.train.schedules import factor
 
@@ -33,9 +35,9 @@ def rates(recipe, images: int) -> list[float]:
     """A hundred learning rates over the training, as shares of the peak."""
     steps = images / recipe.batch_size
     total, warmup = round(recipe.epochs * steps), round(recipe.warmup_epochs * steps)
-    decay = recipe.decay_rate, recipe.decay_epochs
-    at = [total * part // 100 for part in range(100)]
-    return [factor(recipe.schedule, t, total, warmup, epoch=steps, decay=decay, end=recipe.end_rate) for t in at]
+    how = {"rate": recipe.decay_rate, "every": recipe.decay_epochs, "at": recipe.decay_at, "end": recipe.end_rate}
+    at = [total * (2 * part + 1) // 200 for part in range(100)]  # away from where stairs begin
+    return [factor(recipe.schedule, t, total, warmup, epoch=steps, **how) for t in at]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -49,6 +51,33 @@ def test_a_scaled_recipe_follows_the_same_curve(name):
     if whole.recipe.ema:
         back = [1 / (1 - r.ema) / (r.epochs * n / r.batch_size) for r, n in ((whole.recipe, IMAGENET), (small, 8_000))]
         assert back[0] == pytest.approx(back[1], rel=0.01) or 1 / (1 - small.ema) == pytest.approx(2)
+
+
+def test_the_resnet_of_dawnbench():
+    """Rates and sizes of the entry google_resnet50_tpu_tensorflow111_fastai, epoch by epoch (the first is 0)."""
+    recipe = RECIPES["resnet50_dawnbench"].recipe
+    rate = [
+        recipe.peak * factor("step", epoch, recipe.epochs, 4, rate=recipe.decay_rate, at=recipe.decay_at)
+        for epoch in range(recipe.epochs)
+    ]
+    assert rate == pytest.approx([0, 0.1, 0.2, 0.3] + 17 * [0.4] + 14 * [0.04] + 8 * [0.004] + 7 * [0.0004])
+    sizes = [stage(recipe, epoch)[0] for epoch in range(recipe.epochs)]
+    assert sizes == 18 * [128] + 23 * [224] + 9 * [288]
+    short = RECIPES["resnet50_dawnbench"].scaled(50_000, batch_size=128, epochs=10, resolution=32)
+    assert [stage(short, epoch)[0] for epoch in range(10)] == 4 * [14] + 4 * [25] + 2 * [32]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ({"decay_at": (3, 2)}, "recipe.decay_at is .3, 2.; allowed: epochs above 0, each later than the one before"),
+        ({"resolutions": (8, 16), "resize_at": (1, 2)}, "recipe.resize_at is .1, 2.; allowed: none, or an epoch for"),
+        ({"resize_at": (1,)}, "recipe.resize_at is"),
+    ],
+)
+def test_epochs_that_cannot_be(wrong, sentence):
+    with pytest.raises(UserError, match=sentence):
+        Recipe(**wrong)
 
 
 def test_nothing_asked_nothing_changed():

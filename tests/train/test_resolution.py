@@ -33,6 +33,8 @@ def test_published_stages():
     assert [stage(RECIPE, epoch) for epoch in range(4)] == [(5, 0.5), (5, 0.5), (8, 1.0), (8, 1.0)]
     thirds = replace(RECIPE, epochs=7, resolutions=(4, 5, 8), ramp=False)
     assert [stage(thirds, epoch)[0] for epoch in range(7)] == [4, 4, 4, 5, 5, 8, 8]
+    early = replace(thirds, resize_at=(1.2, 4))
+    assert [stage(early, epoch)[0] for epoch in range(7)] == [4, 5, 5, 5, 8, 8, 8]
     assert stage(replace(RECIPE, resolutions=()), 3) == (None, 1.0)
 
 

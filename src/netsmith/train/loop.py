@@ -316,8 +316,10 @@ class _Training:
         warmup = round(self.recipe.warmup_epochs * self.steps)
         number, total = self.epoch * self.steps + step, self.recipe.epochs * self.steps
         recipe = self.recipe
-        decay = recipe.decay_rate, recipe.decay_epochs
-        down = factor(recipe.schedule, number, total, warmup, epoch=self.steps, decay=decay, end=recipe.end_rate)
+        down = factor(
+            recipe.schedule, number, total, warmup, epoch=self.steps, rate=recipe.decay_rate,
+            every=recipe.decay_epochs, at=recipe.decay_at, end=recipe.end_rate,
+        )  # fmt: skip
         return recipe.peak * down
 
     def checked(self, pending: list[Tensor]) -> list[float]:
@@ -408,7 +410,10 @@ def stage(recipe: Recipe, epoch: int) -> tuple[int | None, float]:
     if not recipe.resolutions:
         return None, 1.0
     count = len(recipe.resolutions)
-    number = min(epoch * count // recipe.epochs, count - 1)
+    if recipe.resize_at:
+        number = sum(round(start) <= epoch for start in recipe.resize_at)
+    else:
+        number = min(epoch * count // recipe.epochs, count - 1)
     return recipe.resolutions[number], (number + 1) / count if recipe.ramp else 1.0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from netsmith.errors import UserError
@@ -47,12 +48,14 @@ class Recipe:
     l2_loss: float = 0.0
     """Factor of sum(w^2) / 2 in the loss, over all but the numbers of norms: what tensorflow/tpu adds whatever the
     optimizer, so that with lars the weights decay twice there."""
-    schedule: Literal["cosine", "linear", "constant", "exponential", "polynomial"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "exponential", "polynomial", "step"] = "cosine"
     """How the learning rate goes down from its peak (constant: it stays); see `train/schedules.py`."""
     decay_rate: float = 0.97
-    """exponential: times this..."""
+    """exponential and step: times this..."""
     decay_epochs: float = 2.4
     """exponential: ... every so many epochs."""
+    decay_at: tuple[float, ...] = ()
+    """step: ... at each of these epochs."""
     end_rate: float = 0.0
     """polynomial: where it ends, as a share of the peak."""
     warmup_epochs: float = 1.0
@@ -75,6 +78,8 @@ class Recipe:
     resolutions: tuple[int, ...] = ()
     """Pixels a side of the training images, in stages of equal length (progressive learning, Tan & Le 2021, section 4;
     a single smaller one: reduced resolution, Masters et al. 2021); none: the task's."""
+    resize_at: tuple[float, ...] = ()
+    """Epochs at which the second of these stages begins, the third, and so on; none: of equal length."""
     ramp: bool = False
     """RandAugment and mixup grow with these stages, from 1 / n of them to all (Tan & Le: small images, little
     augmentation)."""
@@ -99,6 +104,12 @@ class Recipe:
             (("learning_rate", "tune_rate", "temperature", "decay_epochs", "rmsprop_eps"), lambda v: v > 0, "above 0"),
             (("rate_per", "norm_replicas"), lambda v: v is None or v >= 1, "none, or 1 or more"),
             (("resolutions",), lambda v: all(size >= 4 for size in v), "4 pixels or more each"),
+            (("decay_at",), _rises, "epochs above 0, each later than the one before"),
+            (
+                ("resize_at",),
+                lambda v: not v or (_rises(v) and len(v) == len(self.resolutions) - 1),
+                "none, or an epoch for each of `resolutions` but the first, each later than the one before",
+            ),
             (("weight_decay", "l2_loss", "warmup_epochs", "tune_epochs"), lambda v: v >= 0, "0 or more"),
             (("mixup", "cutmix"), lambda v: v >= 0, "0 or more"),
             (("end_rate",), lambda v: 0 <= v <= 1, "0 to 1"),
@@ -143,3 +154,7 @@ class Recipe:
         part = max(1 / 20, 50 * usual_size / (usual_epochs * images))
         back = min(max(2.0, part * recipe.epochs * images / recipe.batch_size), 1e5)
         return replace(recipe, ema=round(1 - 1 / back, 5), warmup_epochs=min(1.0, recipe.epochs / 4))
+
+
+def _rises(epochs: tuple[float, ...]) -> bool:
+    return all(before < after for before, after in pairwise((0.0, *epochs)))

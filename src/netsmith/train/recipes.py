@@ -2,7 +2,7 @@
 
 Sources: Wongpanich et al. 2020 (arXiv:2011.00071) and tensorflow/tpu, `efficientnet/main.py`; Masters et al. 2021
 (arXiv:2106.03640) and graphcore-research, `configs.yml`; stanford-futuredata/dawn-bench-entries; tensorflow/tpu,
-`resnet/lars_util.py`.
+`resnet/lars_util.py`, `resnet/resnet_main.py` and `resnet/benchmark/resnet_benchmark.py`.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ class Published:
     ) -> Recipe:
         """The recipe for ``images`` training images, another batch size, number of epochs and resolution (px).
 
-        Warm-up and exponential decay keep their part of the training; a learning rate that is meant per so many images
-        follows the batch, and any other does so too with ``linear``; the average of the weights looks back over
-        the same part of the training. Rates that end at a share of the peak still do. Where training images are smaller
-        than those of the test, they stay so in the same proportion.
+        Warm-up, decay and stages of resolution keep their part of the training; a learning rate that is meant per so
+        many images follows the batch, and any other does so too with ``linear``; the average of the weights looks back
+        over the same part of the training. Rates that end at a share of the peak still do. Where training images are
+        smaller than those of the test, they stay so in the same proportion.
 
         Raises: UserError for numbers below 1.
         """
@@ -74,6 +74,8 @@ class Published:
             learning_rate=rate,
             warmup_epochs=mine.warmup_epochs * part,
             decay_epochs=mine.decay_epochs * part,
+            decay_at=tuple(epoch * part for epoch in mine.decay_at),
+            resize_at=tuple(epoch * part for epoch in mine.resize_at),
             ema=ema,
             resolutions=mine.resolutions
             if resolution is None
@@ -164,6 +166,29 @@ RECIPES: dict[str, Published] = {
         resolution=224,
         note="93 % top-5 in 7.47 hours on one Cloud TPU. No auxiliary head and no drop path here; the L2 loss of the "
         "source spares biases.",
+    ),
+    "resnet50_dawnbench": Published(
+        recipe=Recipe(
+            epochs=50,
+            batch_size=1024,
+            optimizer="sgd",
+            learning_rate=0.1,
+            rate_per=256,
+            weight_decay=0.0,
+            l2_loss=1e-4,
+            schedule="step",
+            decay_rate=0.1,
+            decay_at=(21, 35, 43),
+            warmup_epochs=4.0,
+            label_smoothing=0.0,
+            ema=None,
+            resolutions=(128, 224, 288),
+            resize_at=(18, 41),
+        ),
+        model="resnet50",
+        resolution=288,
+        note="93.3 % top-5 in 4.09 hours on one Cloud TPU: fast.ai's sizes and rates, as Google took them over. Small "
+        "images are cut from the task's own here, and not from files made smaller beforehand.",
     ),
     "resnet50_lars_32768": Published(
         recipe=replace(
