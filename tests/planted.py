@@ -161,13 +161,42 @@ def problem_of(
     return problem
 
 
+def opened_network() -> nn.Module:
+    """A network of which two layers can be replaced, by something cheaper or by nothing."""
+
+    def layer() -> OneOf:
+        original = nn.Sequential(ConvBn(8, 8, 3), ConvBn(8, 8, 3))
+        return OneOf({"original": original, "identity": nn.Identity(), "conv": ConvBn(8, 8, 3), "point": ConvBn(8, 8)})
+
+    network = nn.Sequential(OrderedDict(stem=ConvBn(1, 8, 3), first=layer(), second=layer(), head=Head(8, 16, 3)))
+    network.reference = {"first": "original", "second": "original"}  # pyright: ignore
+    return network
+
+
+def some_copies_work(good_kernel: int) -> nn.Module:
+    """Two layers that can be replaced by one of the same kind, or by one that cannot do what they do."""
+
+    def layer() -> OneOf:
+        misled = Misled(8, 8 - good_kernel)
+        return OneOf({"original": ConvBn(8, 8, 3), "misled": misled, "works": ConvBn(8, 8, good_kernel)})
+
+    layers = OrderedDict(stem=ConvBn(1, 8, 3), stage1_0=layer(), stage1_1=layer(), head=Head(8, 16, 3))
+    network = nn.Sequential(layers)
+    network.reference = {"stage1_0": "original", "stage1_1": "original"}  # pyright: ignore
+    return network
+
+
 BRANCHED = ("repnas",)
 """Methods that search branches and nothing else."""
+REPLACING = ("lana",)
+"""Methods that replace layers of a network that is there."""
 
 
 def toy_for(method: str, shares: Sequence[float] = (0.3, 0.6), **given: Any) -> Problem:
     """The problem of a front that a method can search: budgets are shares of the largest network's latency, or of its
     branches."""
+    if method in REPLACING:
+        return problem_of(opened_network, [0.4 + 0.5 * share for share in shares], **given)
     if method not in BRANCHED:
         return problem_of(shares=shares, **given)
     problem = problem_of(branched, **given)
@@ -200,6 +229,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "calibration": 2,
     },
     "repnas": {"steps": BRISK},
+    "lana": {"epochs": 2, "batch_size": 16, "images": 32, "solutions": 3},
     "rarts+jacobi": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}, "order": "jacobi"},
     "darts+second": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}, "order": "second"},
     "proxylessnas+binary": {"steps": BRISK, "finals": {"samples": 2, "epochs": [1]}, "gradient": "binary"},

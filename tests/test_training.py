@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import netsmith
@@ -137,7 +138,11 @@ def test_other_verbs_and_a_training(capsys, finished):
     run = finished["run"]
     assert main(["ship", run, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kept"]
-    for verb in (["report", run], ["search", "--resume", run], ["train", run]):
+    assert main(["report", run]) == 0
+    page = Path(capsys.readouterr().out.strip()).read_text()
+    for part in (f"{100 * finished['metric']['test_exported']:.2f} %", finished["trained_on"], torch.__version__):
+        assert part in page
+    for verb in (["search", "--resume", run], ["train", run]):
         assert main(verb) == 2
         assert "is a training" in capsys.readouterr().err
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 VERBS = {
     "search": "search a network that keeps a budget: with no options, for handwritten digits on this CPU",
+    "compress": "make a trained network keep a budget, and lose as little as possible",
     "compare": "run several methods on one problem, beside the baselines, at equal compute",
     "train": "train a network by a named recipe, on one machine or many; or once more what a search found",
     "ship": "export the network of a run again, and judge the file",

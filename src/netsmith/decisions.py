@@ -276,6 +276,7 @@ def derive(model: nn.Module, architecture: Mapping[str, Option]) -> nn.Module:
     network = close("", model)
     for module in network.modules():
         module.__dict__.pop("rules", None)
+        module.__dict__.pop("reference", None)
     network.train(model.training)
     return network
 

@@ -23,13 +23,19 @@ from netsmith.cost.meter import measure
 from netsmith.cost.prices import Prices
 from netsmith.cost.table import Calibration, LatencyTable, TableDevice
 from netsmith.errors import UserError
+from netsmith.methods.lana import POOL
 from netsmith.options import checked
 from netsmith.run import Run
 from netsmith.search.problem import Problem
 from netsmith.search.promise import ENOUGH, Timer, export_untrained
-from netsmith.spaces import open_space
+from netsmith.ship.weights import tensors
+from netsmith.spaces import FROM_MODEL, open_space
+from netsmith.spaces.from_model import carry
 from netsmith.tasks import open_task
 from netsmith.train.recipe import Recipe
+
+CARRIED = "original.safetensors"
+"""In the folder of a run: the weights of the network that its space is made of."""
 
 
 class Say(Protocol):
@@ -81,7 +87,17 @@ class Job:
         """The supernet, with the same weights every time."""
         with torch.random.fork_rng():
             torch.manual_seed(self.run.seed("supernet"))
-            return open_space(self.asked["space"], **self.asked["space_options"])
+            space = open_space(self.asked["space"], **self.asked["space_options"])
+        if self.carried and torch.get_default_device().type != "meta":
+            carry(space, tensors(self.run.path / CARRIED))
+            if (pool := self.run.path / POOL).exists():
+                space.load_state_dict(tensors(pool), strict=False)
+        return space
+
+    @property
+    def carried(self) -> bool:
+        """Whether the space is made of a trained network, whose weights it has."""
+        return self.asked["space"] == FROM_MODEL
 
     @cached_property
     def problem(self) -> Problem:

@@ -32,20 +32,17 @@ RECORDED = ("format", "command", "images")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProblemOptions:
-    """What is to be solved, whichever way."""
+class BudgetOptions:
+    """What a network has to keep, on which device, and how it is trained."""
 
-    task: str = "digits"
-    """What to learn: `netsmith list tasks`, or folder:DIR for your own images."""
     data: Annotated[Path | None, Later] = None
     """Folder with the files of the task (default: $NETSMITH_DATA, ./data or ../shared/data)."""
     resolution: Annotated[int | None, Later] = None
     """Pixels a side of the images that the network sees (default: the task's own; 128 for folders)."""
-    space: Annotated[str | None, Later] = None
-    """Where to search: `netsmith list spaces` (default: by image size and method)."""
     budget: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, Later] = ("latency<=0.5x",)
     """What the file must keep, in quotes: 'latency<=5ms', 'params<=1M', or 'latency<=0.5x' (the default), relative to
-    the largest network of the space. 'latency<=0.3x,0.5x' asks for a front. May be repeated, to hold at once."""
+    the largest network of the space, or to the one that is compressed. 'latency<=0.3x,0.5x' asks for a front. May be
+    repeated, to hold at once."""
     device: str = "ort-cpu"
     """What latency is measured on: `netsmith list devices`; options as in ort-cpu:threads=2."""
     table: Annotated[Path | None, Later] = None
@@ -58,13 +55,23 @@ class ProblemOptions:
     """Passes of the final training (default: by the number and size of the images)."""
     search_epochs: Annotated[int | None, Later] = None
     """Passes of the training inside the search (default: the method's)."""
-    space_options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the space's function, but for classes, channels and resolution, which the task decides; in a file
-    only."""
     method_options: dict[str, Any] = field(default_factory=dict)
     """Fields of the method's dataclass; in a file only."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """Fields of `Recipe`, how networks are trained; in a file only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProblemOptions(BudgetOptions):
+    """What is to be solved, whichever way."""
+
+    task: str = "digits"
+    """What to learn: `netsmith list tasks`, or folder:DIR for your own images."""
+    space: Annotated[str | None, Later] = None
+    """Where to search: `netsmith list spaces` (default: by image size and method)."""
+    space_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the space's function, but for classes, channels and resolution, which the task decides; in a file
+    only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +84,27 @@ class SearchOptions(ProblemOptions):
     """Of everything random: the same seed, the same network."""
     baselines: tuple[str, ...] = ("random", "capacity")
     """Methods to compare with, at the same budget and with the same training; no names: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions(BudgetOptions):
+    """Make a trained network keep a budget; relative ones are relative to that network, as measured here."""
+
+    model: Annotated[str | None, Later] = None
+    """What to compress: the folder of a run, timm:NAME, module:path.to:factory, or of `netsmith list networks`."""
+    weights: Annotated[Path | None, Later] = None
+    """A safetensors file with its weights, where it is no run (default for timm:NAME: timm's own)."""
+    task: Annotated[str | None, Later] = None
+    """What it has learnt: `netsmith list tasks`, or folder:DIR (default: the run's)."""
+    method: str = "lana"
+    """How: `netsmith list methods`."""
+    pool: Literal["identity", "small", "full"] = "small"
+    """What may stand in place of a layer: nothing (layers are left out, which needs no training), four cheap
+    operations more, or some sixty."""
+    seed: int = 0
+    """Of everything random."""
+    baselines: tuple[str, ...] = ("random",)
+    """Methods to compare with, at the same budget and with the same fine-tuning; no names: none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +127,7 @@ class TrainingOptions:
     """A network of the literature, and how to train it."""
 
     model: Annotated[str | None, Later] = None
-    """What to train: `netsmith list networks`."""
+    """What to train: `netsmith list networks`, timm:NAME, or module:path.to:factory, a function of yours."""
     recipe: Annotated[str | None, Later] = None
     """How, by name: `netsmith list recipes` (default: what suits the task)."""
     task: str = "digits"

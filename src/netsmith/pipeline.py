@@ -204,10 +204,11 @@ def _shipped(
 
         seed = run.seed("train")
         checkpoint = run.checkpoint(f"train-{name}.pt")
-        train(
-            network, job.task, recipe, split="trainval", seed=seed,
-            teacher=teacher, checkpoint=checkpoint, on_epoch=noted,
-        )  # fmt: skip
+        if name != "reference" or not job.carried:  # which is trained already
+            train(
+                network, job.task, recipe, split="trainval", seed=seed,
+                teacher=teacher, checkpoint=checkpoint, on_epoch=noted,
+            )  # fmt: skip
         trained = time.perf_counter()
         place = folder or run.path / "others" / name
         place.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from netsmith.errors import UserError, unknown
 from netsmith.methods import METHODS, check_searchable, make_method, method_class
 from netsmith.options import RECORDED, CompareOptions, SearchOptions, checked
 from netsmith.run import Run
-from netsmith.spaces import SPACES, open_space, space_defaults
+from netsmith.spaces import FROM_MODEL, SPACES, open_space, space_defaults
 from netsmith.tasks import IN_FOLDERS, TASKS, open_task
 from netsmith.train.recipe import Recipe
 
@@ -67,7 +67,7 @@ def check(options: SearchOptions) -> None:
         raise UserError("no budget was given; name one, such as --budget 'latency<=0.5x'")
     for kind, given, allowed in (
         *(("method", method, METHODS) for method in (options.method, *options.baselines)),
-        *([("space", options.space, SPACES)] if options.space else []),
+        *([("space", options.space, SPACES)] if options.space not in (None, FROM_MODEL) else []),
         *([("task", options.task, TASKS)] if not options.task.startswith(IN_FOLDERS) else []),
     ):
         if given not in allowed:
@@ -141,7 +141,9 @@ def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str,
 def offered_widths(space: str, device: Device | None) -> dict[str, int]:
     """The step between widths, where the space leaves it to the device: the device's own staircase, measured once.
     Empty where nothing can be measured (None), and for a GPU, on which one block shows no staircase."""
-    if space_defaults(space).get("step", 0) is not None or device is None or isinstance(device, TorchCuda):
+    if space == FROM_MODEL or device is None or isinstance(device, TorchCuda):
+        return {}
+    if space_defaults(space).get("step", 0) is not None:
         return {}
     from netsmith.cost.latency import width_step
     from netsmith.cost.table import LatencyTable

@@ -7,6 +7,7 @@ command goes on where it was stopped, which is how a killed replica comes back.
 from __future__ import annotations
 
 import os
+import platform
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,16 +19,18 @@ import torch
 from torch import nn
 
 from netsmith.cost.device import parse_device
+from netsmith.cost.meter import cpu_name
 from netsmith.errors import UserError, unknown
 from netsmith.job import Say, threads_for
 from netsmith.options import TrainingOptions, checked
 from netsmith.prepare import absolute_task
-from netsmith.run import Run, load_yaml
+from netsmith.run import Run
 from netsmith.ship.export import export
 from netsmith.ship.gate import gate
 from netsmith.ship.weights import load, save
 from netsmith.spaces import open_space
 from netsmith.spaces.networks import NETWORKS, RESOLUTIONS
+from netsmith.spaces.outside import PREFIXES, usual_resolution
 from netsmith.tasks import open_task
 from netsmith.tasks.classification import Task, steps
 from netsmith.tasks.folder import FolderImages
@@ -45,7 +48,13 @@ TINY = 64
 SHORT = 2000
 """Steps below which batch norm's running statistics follow ten times faster than EfficientNet's (TensorFlow's 0.99):
 after a few hundred steps those would still be the ones of the start."""
-FOR_TINY = {"efficientnet_b": ("stem_stride", 1), "amoebanet": ("small", True)}
+FOR_TINY = {
+    "efficientnet_b": ("stem_stride", 1),
+    "amoebanet": ("small", True),
+    "convnext": ("patch", 1),
+    "ran_i": ("patch", 1),
+    "ran_e": ("stem_stride", 1),
+}
 """Family -> the option that does this."""
 
 
@@ -121,6 +130,8 @@ class _Training:
             "recipe": self.asked["problem"]["recipe_name"],
             "seed": self.asked["problem"]["seed"],
             "replicas": self.replica.count,
+            "trained_on": torch.cuda.get_device_name() if self.device == "cuda" else cpu_name(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "history": history,
             "images_per_second": images * len(history) / seconds,
             "data_share": sum(epoch["seconds"] * epoch["data_share"] for epoch in history) / seconds,
@@ -168,7 +179,7 @@ def check_training(options: TrainingOptions) -> None:
     """What can be checked before data are opened. Raises: UserError."""
     if options.model is None:
         raise UserError("neither a RUN nor a --model was given (netsmith list networks)")
-    if options.model not in NETWORKS:
+    if options.model not in NETWORKS and not options.model.startswith(PREFIXES):
         raise unknown("network", options.model, NETWORKS)
     if options.recipe is not None:
         published(options.recipe)
@@ -192,7 +203,7 @@ def problem_of(options: TrainingOptions, task: Task, device: str, command: Seque
     images = len(task.splits[split])
     recipe = make_recipe(options, task, device, images)
     taken = recipe.epochs * steps(images, recipe.batch_size)
-    if taken < SHORT and options.model.startswith("efficientnet"):
+    if taken < SHORT and options.model.startswith(("efficientnet", "ran_e")):
         model_options.setdefault("momentum", 0.1)
     with torch.device("meta"):
         open_space(options.model, **model_options, **shape)
@@ -247,7 +258,9 @@ def built(problem: dict[str, Any], seed: int) -> nn.Module:
 def judged(run: Run, network: nn.Module, task: Task) -> dict:
     """What the gate says of the exported file, on one thread of this CPU; it has no budget to keep."""
     file = export(network, task.input_shape, run.path / "model.onnx", architecture={}, task=task.without_test())
-    return gate(network, file, task, parse_device("ort-cpu"), [], layer_seconds=0.0).to_json()
+    device = parse_device("ort-cpu")
+    timed = {"name": device.name, "fingerprint": device.fingerprint(), "versions": device.versions()}
+    return {**gate(network, file, task, device, [], layer_seconds=0.0).to_json(), "device": timed}
 
 
 def ship_trained(folder: Path, say: Say) -> dict:
@@ -255,12 +268,6 @@ def ship_trained(folder: Path, say: Say) -> dict:
     with Run.open(folder) as run:
         run.read_json("result.json")
         return judged(run, load(folder), task_of(run.problem))
-
-
-def is_training(folder: Path) -> bool:
-    """Whether a folder is the run of a training."""
-    file = folder / "problem.yaml"
-    return file.is_file() and "recipe_name" in (load_yaml(file.read_text("utf-8")) or {})
 
 
 def answer(result: dict) -> list[str]:
@@ -285,7 +292,7 @@ def _open(options: TrainingOptions, problem: dict[str, Any]) -> Run:
     task = Path(problem["task"].partition(":")[2]).name or problem["task"]
     number = 1
     while True:
-        folder = Path("runs", f"{task}-{problem['space']}-{number}")
+        folder = Path("runs", f"{task}-{problem['space'].rpartition(':')[2]}-{number}")
         if not folder.exists():
             return Run.create(folder, problem)
         if not (folder / "result.json").exists():
@@ -299,7 +306,7 @@ def _open(options: TrainingOptions, problem: dict[str, Any]) -> Run:
 def _resolution(options: TrainingOptions) -> int | None:
     if options.resolution is None and ":" in options.task:
         assert options.model is not None
-        return RESOLUTIONS[options.model]
+        return RESOLUTIONS.get(options.model) or usual_resolution(options.model)
     return options.resolution
 
 

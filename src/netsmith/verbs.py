@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol, TypeVar
 from tyro.conf import Positional, Suppress, arg
 
 from netsmith.errors import PromiseBroken, UserError, unknown
-from netsmith.options import CompareOptions, Later, ProblemOptions, SearchOptions, TrainingOptions, read_options
+from netsmith.options import (
+    BudgetOptions,
+    CompareOptions,
+    CompressOptions,
+    Later,
+    SearchOptions,
+    TrainingOptions,
+    read_options,
+)
 from netsmith.say import Console
 
 if TYPE_CHECKING:
@@ -106,6 +114,52 @@ class Search(SearchOptions):
                 f"{run.path}: {run.problem['method']} for {run.problem['task']}, {', '.join(run.problem['budget'])}"
             )
             return finished(run.path, search(run, say))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compress(CompressOptions):
+    """Make a trained network keep a budget, fine-tune it, export it, and measure the exported file.
+
+    MODEL is the folder of a run, or names a network whose weights are given. It is not changed.
+    """
+
+    model: Annotated[Positional[str | None], arg(metavar="MODEL"), Later] = None
+    """What to compress: the folder of a run, timm:NAME, module:path.to:factory, or of `netsmith list networks`."""
+    config: Annotated[Path | None, Later] = None
+    """A YAML file with these options (and more); options given here override it."""
+    resume: Annotated[Path | None, Later] = None
+    """Continue the run in this folder, which was stopped or killed; takes no other options."""
+    json: bool = False
+    """Print one JSON object on stdout, the content of result.json."""
+    unless_given: Annotated[tuple[str, ...], Suppress] = CompressOptions.budget
+    """As in `Search`."""
+
+    @classmethod
+    def before(cls, arguments: Sequence[str]) -> Compress:
+        return cls(**before(CompressOptions, arguments))
+
+    def run(self) -> Answer:
+        if self.resume is not None:
+            if replace(self, resume=None, json=False) != Compress.before([]):
+                raise UserError(f"--resume takes no other options: {self.resume / 'problem.yaml'} says what was asked")
+            from netsmith.prepare import open_run
+
+            return self._compress(open_run(self.resume))
+        from netsmith.compression import prepare_compression
+
+        options = given(CompressOptions, self, self.unless_given)
+        return self._compress(prepare_compression(options, command=["netsmith", *sys.argv[1:]]))
+
+    def _compress(self, run: Run) -> Answer:
+        from netsmith.compression import gained
+        from netsmith.pipeline import search
+
+        with run, resumable(run, "compress"), Console() as say:
+            of = run.problem["space_options"]["of"]["space"]
+            say.line(f"{run.path}: {run.problem['method']} for {of}, {', '.join(run.problem['budget'])}")
+            result = search(run, say)
+            answer = finished(run.path, result)
+            return answer if answer.broken else replace(answer, broken=gained(result))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,7 +272,8 @@ class Ship:
 
     def run(self) -> Answer:
         from netsmith.pipeline import ship
-        from netsmith.training import is_training, ship_trained
+        from netsmith.report.training import is_training
+        from netsmith.training import ship_trained
 
         with Console() as say:
             data = (ship_trained if is_training(self.folder) else ship)(self.folder, say)
@@ -423,7 +478,8 @@ class Report:
     """Write one self-contained HTML page about one or several runs."""
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN..."), Later]
-    """Folders of runs; those that are not finished are left out, by name, where others are."""
+    """Folders of runs; those that are not finished are left out, by name, where others are; trainings share a page,
+    but not with searches."""
     out: Annotated[Path | None, Later] = None
     """The file to write (default: RUN/report.html, for several runs report.html here)."""
     json: bool = False
@@ -432,31 +488,37 @@ class Report:
     def run(self) -> Answer:
         from netsmith.report.comparison import is_comparison, write_comparison
         from netsmith.report.page import write_report
-        from netsmith.training import is_training
+        from netsmith.report.training import is_training, write_trainings
+
+        def kind(run: Path) -> str:
+            return "comparison" if is_comparison(run) else "training" if is_training(run) else "search"
+
+        def unfinished(run: Path) -> bool:
+            return (run / "problem.yaml").is_file() and not (run / "result.json").exists()
 
         def left(run: Path) -> str:
             """Why a run is left out of the page about several."""
-            if is_comparison(run):
-                return f"a comparison, which has a page of its own: {run} (netsmith report {shlex.quote(str(run))})"
+            if not unfinished(run):
+                return f"a {kind(run)}, which has a page of its own: {run} (netsmith report {shlex.quote(str(run))})"
             if is_training(run):
-                return f"{run} is a training, which has no page: its result is {run / 'result.json'}"
-            if (run / "problem.yaml").is_file() and not (run / "result.json").exists():
-                verb = "compare" if (run / "shared").is_dir() else "search"
-                return f"not finished: {run} (netsmith {verb} --resume {shlex.quote(str(run))})"
-            return ""
+                return f"not finished: {run} (the command that began it goes on with it)"
+            verb = "compare" if (run / "shared").is_dir() else "search"
+            return f"not finished: {run} (netsmith {verb} --resume {shlex.quote(str(run))})"
 
-        if len(self.runs) == 1 and is_comparison(self.runs[0]):
-            page = str(write_comparison(self.runs[0], self.out or self.runs[0] / "report.html"))
-            return Answer({"report": page, "runs": [str(self.runs[0])], "left_out": []}, [page])
-        runs = [run for run in self.runs if not left(run)] or self.runs
-        if runs and is_training(runs[0]):
-            raise UserError(left(runs[0]))
+        done = [run for run in self.runs if not unfinished(run)] or self.runs
+        kinds = list(map(kind, done))
+        shown = next((one for one in ("search", "training", "comparison") if one in kinds), "search")
+        runs = [run for run, one in zip(done, kinds, strict=True) if one == shown]
+        if shown == "comparison":
+            runs = runs[:1]  # each has a page of its own
+        out = self.out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
+        if shown == "comparison":
+            page = str(write_comparison(runs[0], out))
+        else:
+            page = str((write_trainings if shown == "training" else write_report)(runs, out))
         left_out = [run for run in self.runs if run not in runs]
-        alone = runs[0] / "report.html" if len(runs) == 1 else Path("report.html")
-        page = str(write_report(runs, self.out or alone))
-        lines = [f"left out, {left(run)}" for run in left_out]
         data = {"report": page, "runs": list(map(str, runs)), "left_out": list(map(str, left_out))}
-        return Answer(data, [*lines, page])
+        return Answer(data, [*(f"left out, {left(run)}" for run in left_out), page])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -476,7 +538,7 @@ class List:
         return Answer({self.what: found}, [f"{name:{wide}}  {text}" for name, text in found.items()])
 
 
-Asked = TypeVar("Asked", bound=ProblemOptions)
+Asked = TypeVar("Asked", bound=BudgetOptions)
 
 
 def config_among(arguments: Sequence[str]) -> Path | None:
@@ -490,7 +552,7 @@ def config_among(arguments: Sequence[str]) -> Path | None:
     return config
 
 
-def before(kind: type[ProblemOptions], arguments: Sequence[str]) -> dict[str, Any]:
+def before(kind: type[BudgetOptions], arguments: Sequence[str]) -> dict[str, Any]:
     """The defaults of a verb's fields: what the file says that --config names. Repeated budgets are gathered, not
     added to these."""
     config = config_among(arguments)

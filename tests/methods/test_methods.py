@@ -16,6 +16,7 @@ import torch
 from planted import (
     BRANCHED,
     BRIEF,
+    REPLACING,
     Outcome,
     new_run,
     one_works,
@@ -23,6 +24,7 @@ from planted import (
     search,
     search_one_budget,
     some_branches_work,
+    some_copies_work,
     stripes,
     toy_for,
 )
@@ -32,7 +34,7 @@ from netsmith.architecture import check, dumps
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Prices
 from netsmith.decisions import decisions
-from netsmith.methods import METHODS
+from netsmith.methods import METHODS, lana
 from netsmith.run import Run, read_events
 from netsmith.search import differentiable
 from netsmith.search.problem import Problem
@@ -176,7 +178,8 @@ def dying_at(point: int | None) -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "event", before(Run.event, "event"))
         patch.setattr(run_module, "_write_json", before(run_module._write_json, "stage"))
-        patch.setattr(differentiable, "save_state", before(differentiable.save_state, "checkpoint"))
+        for module in (differentiable, lana):
+            patch.setattr(module, "save_state", before(module.save_state, "checkpoint"))
         yield writes
 
 
@@ -261,7 +264,14 @@ def planted_problem(good_kernel: int, method: str = "") -> tuple[Problem, dict]:
         return problem, {path: "on" if path.endswith(good) else "off" for path in paths}
     works, misled = (1.01, 0.99) if good_kernel == 5 else (0.99, 1.01)
     working = {"stage1_0": "works", "stage1_1": "works"}
-    prices = Prices(0.1, {path: {"works": works, "misled": misled} for path in working}, "ms")
+    options = {"works": works, "misled": misled}
+    if method in REPLACING:
+        options |= {"original": 2.0}
+        prices = Prices(0.1, dict.fromkeys(working, options), "ms")
+        problem = problem_of(lambda: some_copies_work(good_kernel), task=stripes(96), prices=prices)
+        problem.budgets = [[Budget("latency", 2.15, "ms")]]
+        return problem, working
+    prices = Prices(0.1, dict.fromkeys(working, options), "ms")
     return problem_of(lambda: one_works(good_kernel), shares=(1.0,), task=stripes(96), prices=prices), working
 
 
@@ -277,6 +287,7 @@ def test_finds_what_works(method, good_kernel, tmp_path):
         "prunet": {"steps": steps, "finals": {"epochs": [4]}},  # which races against its start
         "pad_nas": {"steps": {**steps, "epochs": 16}, "finals": alone},
         "repnas": {"steps": {**steps, "epochs": 24, "architecture_rate": 0.03}},  # half of the branches learn in a step
+        "lana": {"epochs": 24, "learning_rate": 1e-2, "batch_size": 16, "images": 96, "score": "kl", "solutions": 1},
     }.get(method, {"steps": steps, "finals": alone})
     problem, working = planted_problem(good_kernel, method)
     found = search(method, tmp_path / "run", problem=problem, **options)

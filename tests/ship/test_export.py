@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from netsmith.blocks.collapsible import Collapsible, LinearBlock
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv, SqueezeExcite
 from netsmith.blocks.reparam import KINDS, Branches
 from netsmith.decisions import OneOf, Width, derive
@@ -36,6 +37,9 @@ BLOCKS = {
     "head": lambda: Head(8, 16, 5, dropout=0.2),
     "branches": lambda: derive(Branches(8, 8, groups=2), dict.fromkeys(KINDS, "on")),
     "branches_stride": lambda: derive(Branches(8, 8, stride=2, act="swish"), dict.fromkeys(KINDS, "on")),
+    "linear": lambda: LinearBlock(8, 8, hidden=24, order="1x1_kxk_1x1", skip=True),
+    "collapsed": lambda: Collapsible(MBConv(8, 8, hidden=24), front=False, gate=0.0),
+    "collapsed_front": lambda: nn.Sequential(nn.Conv2d(8, 8, 1), Collapsible(MBConv(8, 12, hidden=24), gate=0.0)),
 }
 
 
@@ -57,7 +61,7 @@ def images(batch: int, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
 def small() -> nn.Module:
     """One of each block type, so that the slow exporter runs once."""
     torch.manual_seed(0)
-    widths = {"conv": 12, "mbconv_no_expand": 12, "mbconv_shuffle": 12, "fused_se": 12}
+    widths = {"conv": 12, "mbconv_no_expand": 12, "mbconv_shuffle": 12, "fused_se": 12, "collapsed_front": 12}
     parts: dict[str, nn.Module] = {}
     for name, build in BLOCKS.items():
         if name in ("head", "grouped"):

@@ -6,8 +6,7 @@ from torch import nn
 
 from netsmith.errors import UserError
 from netsmith.spaces.networks import NETWORKS
-from netsmith.train.loop import stage
-from netsmith.train.recipe import Recipe
+from netsmith.train.recipe import Recipe, stage
 from netsmith.train.recipes import IMAGENET, RECIPES, published
 from netsmith.train.schedules import factor
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from netsmith.errors import UserError
 from netsmith.tasks import open_task
-from netsmith.train.loop import evaluate, stage, train
-from netsmith.train.recipe import Recipe
+from netsmith.train.loop import evaluate, train
+from netsmith.train.recipe import Recipe, stage
 from netsmith.train.resolution import progressive, sweep, tune, tuning
 
 RECIPE = Recipe(epochs=4, batch_size=64, resolutions=(5, 8), randaugment=9, mixup=0.4, ramp=True, tune_epochs=2)

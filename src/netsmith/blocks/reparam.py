@@ -239,12 +239,14 @@ def _of_zero(norm: nn.BatchNorm2d, dtype: torch.dtype | None = None) -> Tensor:
     return beta - mean * gamma / (variance + norm.eps).sqrt()
 
 
-def _chained(first: Kernel, second: Kernel, groups: int) -> Kernel:
-    """A 1x1 kernel, then one of any size, without zeros padded in between (transform III, group by group)."""
+def _chained(first: Kernel, second: Kernel, groups: int = 1) -> Kernel:
+    """Two convolutions as one, without zeros padded in between (transform III); one of them is 1x1. The second has
+    ``groups``, and the first the same, or none."""
     (weight, bias), (spatial, shift) = first, second
-    inner = weight.reshape(groups, -1, weight.shape[1])
+    inner = weight.reshape(groups, -1, *weight.shape[1:])
     outer = spatial.reshape(groups, -1, *spatial.shape[1:])
-    joint = torch.einsum("gomhw,gmi->goihw", outer, inner).reshape(len(spatial), -1, *spatial.shape[2:])
+    size = [max(pair) for pair in zip(weight.shape[2:], spatial.shape[2:], strict=True)]
+    joint = torch.einsum("gomhw,gmiyx->goihwyx", outer, inner).reshape(len(spatial), -1, *size)
     return joint, shift + torch.einsum("gomhw,gm->go", outer, bias.reshape(groups, -1)).reshape(-1)
 
 

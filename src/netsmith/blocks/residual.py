@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from netsmith.blocks.mobile import ConvBn, activation, drop_path_of
+from netsmith.errors import UserError
 
 
 class ResidualConv(ConvBn):
@@ -26,7 +27,11 @@ class ResidualConv(ConvBn):
 
 class Bottleneck(nn.Module):
     """1x1, kxk with the stride, 1x1, added to the input or to its strided 1x1 projection, then the activation (He et
-    al. 2016, arXiv:1512.03385, figure 5; the stride where torchvision has it)."""
+    al. 2016, arXiv:1512.03385, figure 5; the stride where torchvision has it).
+
+    ``group_size`` channels in each group of the kxk convolution, none for a dense one (Xie et al. 2017,
+    arXiv:1611.05431). Raises: UserError for a width that its groups do not divide.
+    """
 
     def __init__(
         self,
@@ -36,6 +41,7 @@ class Bottleneck(nn.Module):
         *,
         hidden: int,
         stride: int = 1,
+        group_size: int | None = None,
         act: str = "relu",
         norm: str = "batch",
         same: bool = False,
@@ -44,9 +50,13 @@ class Bottleneck(nn.Module):
     ) -> None:
         super().__init__()
         plain = {"norm": norm, "eps": eps}
-        self.text = f"Bottleneck({inputs}, {outputs}, {kernel=}, {hidden=}, {stride=}, {act=}, {norm=}, {same=})"
+        groups = max(hidden // group_size, 1) if group_size else 1
+        if hidden % groups:
+            raise UserError(f"{hidden} channels do not divide into {groups} groups (of {group_size} or more)")
+        self.text = f"Bottleneck({inputs}, {outputs}, {kernel=}, {hidden=}, {stride=}, {act=}, {norm=}, {same=}"
+        self.text += f", {group_size=})" if group_size else ")"
         self.reduce = ConvBn(inputs, hidden, act=act, **plain)
-        self.conv = ConvBn(hidden, hidden, kernel, stride=stride, act=act, same=same, **plain)
+        self.conv = ConvBn(hidden, hidden, kernel, stride=stride, groups=groups, act=act, same=same, **plain)
         self.expand = ConvBn(hidden, outputs, act="none", **plain)
         shaped = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if shaped else ConvBn(inputs, outputs, stride=stride, act="none", **plain)

@@ -80,7 +80,7 @@ class OrtCpu:
             given = ", ".join(f"{part.name} {part.type}" for part in session.get_inputs())
             raise UserError(f"{model} takes {given}; what is timed takes one image, tensor(float)")
         shape = (1, *input_shape)
-        if len(wanted.shape) != 4 or any(
+        if len(wanted.shape) != len(shape) or any(
             isinstance(w, int) and w != s for w, s in zip(wanted.shape, shape, strict=True)
         ):
             raise UserError(

@@ -23,6 +23,7 @@ METHODS = {
     "rarts": "netsmith.methods.rarts:RARTS",
     "pad_nas": "netsmith.methods.pad_nas:PADNAS",
     "repnas": "netsmith.methods.repnas:RepNAS",
+    "lana": "netsmith.methods.lana:LANA",
 }
 """Name -> where its dataclass is; the fields are the method's options."""
 

@@ -49,7 +49,7 @@ def write_report(runs: Sequence[Path], out: Path) -> Path:
     """
     if not runs:
         raise UserError("no run folder was given; name at least one, such as runs/x")
-    folders = [read(path, label) for path, label in zip(runs, _labels(runs), strict=True)]
+    folders = [read(path, label) for path, label in zip(runs, labels(runs), strict=True)]
     gallery = Gallery()
     groups = [_group(folders, members, gallery) for members in _comparable(folders)]
     sections = [_section(folder, gallery) for folder in folders]
@@ -104,7 +104,7 @@ def _environment() -> Environment:
     return page
 
 
-def _labels(runs: Sequence[Path]) -> list[str]:
+def labels(runs: Sequence[Path]) -> list[str]:
     """A short name per run: the folder's, with the one above it where two are called alike."""
     paths = [path.resolve() for path in runs]
     names = [path.name for path in paths]

@@ -18,7 +18,7 @@ from netsmith.cost.counts import BranchCount, FileBytes, Macs, Params, Shape
 from netsmith.cost.memory import PeakMemory
 from netsmith.cost.prices import Atom, Options, Prices, atoms, tabulate
 from netsmith.decisions import Architecture, OneOf, Option, decisions, derive
-from netsmith.search.allocate import Infeasible, Limit, Unsolved, allocate
+from netsmith.search.allocate import Infeasible, Limit, Unsolved, allocate, diverse
 from netsmith.tasks.classification import Task
 from netsmith.train.recipe import Recipe
 
@@ -94,8 +94,10 @@ class Problem:
 
     @cached_property
     def reference(self) -> Architecture:
-        """The dearest network of the space; relative budgets are relative to it. What a device does not notice, the
-        branches that fold away, is in it as well."""
+        """The network that the space was made of, or the dearest one; relative budgets are relative to it. What a
+        device does not notice, the branches that fold away, is in it as well."""
+        if made_of := getattr(self.shapes, "reference", None):
+            return made_of
         branches = self.prices["branches"].options
         dearest = {
             p: {o: ms + 1e-9 * branches[p][o] for o, ms in row.items()} for p, row in self.latency.options.items()
@@ -178,6 +180,17 @@ class Problem:
                 return architecture
             forbidden.append(architecture)
         return self._changed(values, limits, min(memory), forbidden[0])
+
+    def diverse(
+        self, values: Options, budgets: Sequence[Budget], k: int, overlap: float, *, time_limit: float = 60.0
+    ) -> list[Architecture]:
+        """The most valuable architecture within ``budgets`` as predicted, then the best that makes at most ``overlap``
+        of its choices again, and so on: up to k. An option without a value is out; peak memory is not looked at.
+
+        Raises: Infeasible; Unsolved where not even the first is found in ``time_limit`` seconds.
+        """
+        limits = [replace(limit, prices=_restricted(limit.prices, values)) for limit in self.limits(budgets)]
+        return diverse(values, limits, self.parents, k, overlap, time_limit=time_limit)
 
     def _changed(self, values: Options, limits: Sequence[Limit], memory: float, start: Architecture) -> Architecture:
         """A network within ``limits`` and ``memory``, by random single changes of ``start`` that come nearer to them

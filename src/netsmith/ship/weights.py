@@ -49,14 +49,14 @@ def load(folder: Path) -> nn.Module:
     """
     if not (folder / ARCHITECTURE).is_file():
         raise _none_here(folder)
-    space, options, problem = _space(folder)
+    space, options, problem = space_of(folder)
     architecture = _architecture(folder / ARCHITECTURE)
-    tensors = _tensors(folder / WEIGHTS)
+    found = tensors(folder / WEIGHTS)
     network = _derived(space, options, architecture, folder / ARCHITECTURE, problem, "meta")
     if _hidden_buffers(network):  # what no file holds has to be computed, so the whole space is really built
         network = _derived(space, options, architecture, folder / ARCHITECTURE, problem, "cpu")
-    _fit(network, tensors, folder / WEIGHTS)
-    network.load_state_dict(tensors, strict=True, assign=True)
+    _fit(network, found, folder / WEIGHTS)
+    network.load_state_dict(found, strict=True, assign=True)
     return network.eval()
 
 
@@ -73,7 +73,7 @@ def _none_here(folder: Path) -> UserError:
     return UserError(f"{folder} holds no finished network: it has no {ARCHITECTURE}")
 
 
-def _space(folder: Path) -> tuple[str, dict[str, Any], Path]:
+def space_of(folder: Path) -> tuple[str, dict[str, Any], Path]:
     """The space's name and options, and the file they stand in."""
     # A point lies in its run, the networks it was compared with one folder deeper.
     found = [path for place in (folder, *folder.resolve().parents[:2]) if (path := place / PROBLEM).is_file()]
@@ -99,7 +99,8 @@ def _architecture(file: Path) -> Architecture:
         raise UserError(f"{file}: {error}") from None
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+def tensors(file: Path) -> dict[str, Tensor]:
+    """What a safetensors file holds. Raises: UserError naming the file that is missing or something else."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -28,10 +28,13 @@ SPACES = {
 }
 """Name -> where its function is; every one takes ``classes``, ``channels`` and ``resolution`` (px)."""
 
+FROM_MODEL = "from_model"
+"""The space that is made of a network (`spaces/from_model.py`): a search cannot name it, `netsmith compress` does."""
+
 
 def open_space(name: str, **options: Any) -> nn.Module:
     """The supernet of that name; ``options`` are the arguments of its function. A network of
-    `netsmith.spaces.networks.NETWORKS` is a space in which nothing is open.
+    `netsmith.spaces.networks.NETWORKS`, timm:NAME or module:path.to:factory is a space in which nothing is open.
 
     Raises: UserError for an unknown name or option, and for a value that an option does not allow.
 
@@ -39,6 +42,14 @@ def open_space(name: str, **options: Any) -> nn.Module:
     """
     from pydantic import TypeAdapter, ValidationError
 
+    if name.startswith(("timm:", "module:")):
+        from netsmith.spaces.outside import outside
+
+        return outside(name, **options)
+    if name == FROM_MODEL:
+        from netsmith.spaces.from_model import from_model
+
+        return from_model(**options)
     if name not in SPACES:
         from netsmith.spaces.networks import NETWORKS
 

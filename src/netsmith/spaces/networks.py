@@ -16,11 +16,14 @@ from typing import Any
 
 from torch import nn
 
+from netsmith.blocks.initial import initialise
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv, make_divisible
 from netsmith.blocks.norms import NORMS
 from netsmith.blocks.residual import Bottleneck, ResidualConv
 from netsmith.errors import UserError, unknown
 from netsmith.spaces.amoebanet import amoebanet
+from netsmith.spaces.ghostnet import REGNETX, g_ghost_regnetx, ghostnet, regnetx
+from netsmith.spaces.ran import CONVNEXTS, RAN_E, RAN_I, convnext, ran_e
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,23 +224,6 @@ def _layer(
     return MBConv(inputs, outputs, kernel=kernel, hidden=hidden, **own, **plain)
 
 
-def initialise(network: nn.Module, momentum: float) -> None:
-    """Draw weights as tensorflow/tpu does: convolutions N(0, 2 / fan), with fan = k * k * outputs / groups (a depthwise
-    one counts one output), linear layers uniform in +-1/sqrt(classes), counted as 1,000 at least."""
-    for part in network.modules():
-        if isinstance(part, nn.BatchNorm2d):
-            part.momentum = momentum
-        elif isinstance(part, nn.Conv2d) and not part.weight.is_meta:
-            fan = part.kernel_size[0] * part.kernel_size[1] * part.out_channels // part.groups
-            nn.init.normal_(part.weight, 0.0, math.sqrt(2 / fan))
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.Linear) and not part.weight.is_meta:
-            bound = 1 / math.sqrt(max(part.out_features, 1000))  # of few classes logits would begin ten times as large
-            nn.init.uniform_(part.weight, -bound, bound)
-            nn.init.zeros_(part.bias)
-
-
 def _group_16(size: str, **style: Any) -> Callable[..., nn.Module]:
     return partial(efficientnet, size, group_size=16, expansion=4.0, **style)
 
@@ -251,8 +237,17 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet50": resnet50,
     "amoebanet_a": partial(amoebanet, "a", width=190),
     "amoebanet_d": partial(amoebanet, "d"),
+    "ghostnet_050": partial(ghostnet, 0.5),
+    "ghostnet_100": ghostnet,
+    "ghostnet_130": partial(ghostnet, 1.3),
+    **{f"regnetx_{size}": partial(regnetx, size) for size in REGNETX},
+    **{f"g_ghost_regnetx_{size}": partial(g_ghost_regnetx, size) for size in REGNETX},
+    **{f"convnext_{size}": partial(convnext, size, drop_path=rate) for size, (*_, rate) in CONVNEXTS.items()},
+    **{f"ran_i_{size}": partial(convnext, width=w, depth=d, drop_path=rate) for size, (w, d, rate) in RAN_I.items()},
+    **{f"ran_e_{variant}": partial(ran_e, variant) for variant in RAN_E},
 }
-"""Name -> function of classes, channels and the fields of `Style` (AmoebaNets: options of their own)."""
+"""Name -> function of classes, channels and the fields of `Style` (AmoebaNets, GhostNets, RegNets, ConvNeXts, RANs:
+options of their own)."""
 
 RESOLUTIONS = {
     **{f"efficientnet_{size}": row[2] for size, row in COMPOUND.items()},
@@ -267,5 +262,11 @@ RESOLUTIONS = {
     "resnet50": 224,
     "amoebanet_a": 331,
     "amoebanet_d": 224,
+    "ghostnet_050": 224,
+    "ghostnet_100": 224,
+    "ghostnet_130": 224,
+    **{f"{family}_{size}": 224 for family in ("regnetx", "g_ghost_regnetx") for size in REGNETX},
+    **{f"{family}_{size}": 224 for family in ("convnext", "ran_i") for size in CONVNEXTS},
+    **{f"ran_e_{variant}": 224 for variant in RAN_E},
 }
 """Pixels a side that each is trained at."""

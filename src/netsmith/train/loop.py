@@ -28,7 +28,7 @@ from netsmith.train.allocator import keep_freed_memory
 from netsmith.train.checkpoint import load_state, save_state
 from netsmith.train.group_batchnorm import agree, contiguous, group_size, over_groups, plain
 from netsmith.train.optimizers import Average, make_optimizer
-from netsmith.train.recipe import Recipe
+from netsmith.train.recipe import Recipe, stage
 from netsmith.train.replicas import ALONE, Replica
 from netsmith.train.schedules import factor
 
@@ -399,22 +399,6 @@ class _Training:
             **asdict(self.recipe),
             "the network": shapes,
         }
-
-
-def stage(recipe: Recipe, epoch: int) -> tuple[int | None, float]:
-    """Pixels a side of an epoch's images (none: the task's), and how much of RandAugment and mixup it has.
-
-    >>> [stage(Recipe(epochs=4, resolutions=(16, 32), ramp=True), epoch) for epoch in range(4)]
-    [(16, 0.5), (16, 0.5), (32, 1.0), (32, 1.0)]
-    """
-    if not recipe.resolutions:
-        return None, 1.0
-    count = len(recipe.resolutions)
-    if recipe.resize_at:
-        number = sum(round(start) <= epoch for start in recipe.resize_at)
-    else:
-        number = min(epoch * count // recipe.epochs, count - 1)
-    return recipe.resolutions[number], (number + 1) / count if recipe.ramp else 1.0
 
 
 def _mixing(recipe: Recipe, strength: float, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

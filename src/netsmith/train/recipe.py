@@ -156,5 +156,21 @@ class Recipe:
         return replace(recipe, ema=round(1 - 1 / back, 5), warmup_epochs=min(1.0, recipe.epochs / 4))
 
 
+def stage(recipe: Recipe, epoch: int) -> tuple[int | None, float]:
+    """Pixels a side of an epoch's images (none: the task's), and how much of RandAugment and mixup it has.
+
+    >>> [stage(Recipe(epochs=4, resolutions=(16, 32), ramp=True), epoch) for epoch in range(4)]
+    [(16, 0.5), (16, 0.5), (32, 1.0), (32, 1.0)]
+    """
+    if not recipe.resolutions:
+        return None, 1.0
+    count = len(recipe.resolutions)
+    if recipe.resize_at:
+        number = sum(round(start) <= epoch for start in recipe.resize_at)
+    else:
+        number = min(epoch * count // recipe.epochs, count - 1)
+    return recipe.resolutions[number], (number + 1) / count if recipe.ramp else 1.0
+
+
 def _rises(epochs: tuple[float, ...]) -> bool:
     return all(before < after for before, after in pairwise((0.0, *epochs)))

@@ -1,0 +1,222 @@
+"""Layers that compute with quantised weights and inputs, and the quantisers that have something to learn or to keep.
+
+A quantiser is an ``nn.Module`` with ``bits`` that returns what it is given, moved to the numbers those bits can name;
+several of them in a `OneOf` are EdMIPS' mixture. The layers keep their real weights, which training goes on changing.
+What a quantiser takes from data is NaN until its first batch in training mode.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from netsmith.blocks.codebooks import kmeans, ttq, ttq_sets
+from netsmith.blocks.quantizers import Grid, affine, check_bits, lsq, lsq_range, lsq_scale, pact, span
+from netsmith.errors import UserError
+
+FLOAT_BITS = 32
+SMALLEST = 1e-8
+"""What a learned scale cannot fall below (ours): at zero it divides by zero, below it mirrors what it scales."""
+
+
+class Float(nn.Identity):
+    """Nothing is quantised."""
+
+    bits = FLOAT_BITS
+
+
+class Fixed(nn.Module):
+    """A quantiser with nothing to learn: a function, and the bits that its result needs.
+
+    >>> Fixed(functools.partial(dorefa_weight, bits=2), 2)
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], bits: int) -> None:
+        super().__init__()
+        self.function, self.bits = function, bits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.bits} bits"
+
+
+class RunningRange(nn.Module):
+    """A grid over the range that inputs have had: running minimum and maximum, followed in training, then kept.
+
+    ``grid``: `affine`, which is unsigned after a ReLU, or `symmetric` (HAWQ-V3: symmetric for 8 bits, else unsigned).
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, bits: int, grid: Callable[[Tensor, Tensor, int], Grid] = affine, momentum: float = 0.99) -> None:
+        super().__init__()
+        self.bits, self.make, self.momentum = bits, grid, momentum
+        self.register_buffer("low", torch.tensor(math.nan))
+        self.register_buffer("high", torch.tensor(math.nan))
+
+    def grid(self) -> Grid:
+        """Raises: UserError for bits that the grid does not take."""
+        return self.make(self.low, self.high, self.bits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            for kept, now in zip((self.low, self.high), span(x), strict=True):
+                kept.copy_(torch.where(kept.isnan(), now, self.momentum * kept + (1 - self.momentum) * now))
+        return self.grid()(x)
+
+    def extra_repr(self) -> str:
+        return f"{self.bits} bits, {self.make.__name__}"
+
+
+class LSQ(nn.Module):
+    """Learned step size; starts from the first batch and stays above zero.
+
+    ``channels``: that many scales, along the first axis of a weight, instead of one. ``per_sample``: for inputs, of
+    which one sample counts in the scale of the gradient, not the batch. Raises: UserError for 1 bit with a sign.
+    """
+
+    def __init__(
+        self, bits: int, *, signed: bool = True, channels: int | None = None, per_sample: bool = False
+    ) -> None:
+        super().__init__()
+        self.bits, self.per_sample = bits, per_sample
+        self.low, self.high = lsq_range(bits, signed=signed)
+        # One axis at most, so that weight decay passes it over.
+        self.scale = nn.Parameter(torch.full(() if channels is None else (channels,), math.nan))
+
+    def forward(self, x: Tensor) -> Tensor:
+        per_channel = self.scale.dim() == 1
+        if self.training:
+            _keep_positive(self.scale, lsq_scale(x, self.high, 0 if per_channel else None))
+        scale = self.scale.view(-1, *[1] * (x.dim() - 1)) if per_channel else self.scale
+        count = x[0].numel() if per_channel or self.per_sample else x.numel()
+        return lsq(x, scale, self.low, self.high, 1 / math.sqrt(count * self.high))
+
+    def extra_repr(self) -> str:
+        return f"{self.bits} bits, {self.low}..{self.high}"
+
+
+class PACT(nn.Module):
+    """A ReLU with a learned ceiling, then 2^bits levels. ``start`` is ours. The paper decays alpha by L2, which the
+    optimizers here do not do to what is one number. Raises: UserError for bits outside of 1 to 32."""
+
+    def __init__(self, bits: int, start: float = 10.0) -> None:
+        super().__init__()
+        check_bits("PACT", bits, least=1)
+        self.bits = bits
+        self.alpha = nn.Parameter(torch.tensor(start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            _keep_positive(self.alpha, self.alpha)
+        return pact(x, self.alpha, self.bits)
+
+    def extra_repr(self) -> str:
+        return f"{self.bits} bits"
+
+
+class TTQ(nn.Module):
+    """Trained ternary weights: 0 and two learned numbers, which start at the means of what they replace (ours)."""
+
+    bits = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positive, self.negative = nn.Parameter(torch.tensor(math.nan)), nn.Parameter(torch.tensor(math.nan))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if self.training:
+            size = weight.detach().abs()
+            for learned, members in zip((self.positive, self.negative), ttq_sets(weight), strict=True):
+                _keep_positive(learned, (size * members).sum() / members.sum().clamp(min=1))
+        return ttq(weight, self.positive, self.negative)
+
+
+class Codebook(nn.Module):
+    """2^bits centroids of ``weight``, found by k-means and then learned: each gets the summed gradient of its members
+    (HAQ's size mode). Who belongs to which is settled; what the layer's own weight becomes no longer counts."""
+
+    codes: Tensor
+
+    def __init__(self, weight: Tensor, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        centroids, codes = kmeans(weight, bits)
+        self.centroids = nn.Parameter(centroids)
+        self.register_buffer("codes", codes)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.centroids[self.codes]
+
+    def extra_repr(self) -> str:
+        return f"{self.bits} bits"
+
+
+def _keep_positive(learned: nn.Parameter, start: Tensor) -> None:
+    """NaN becomes ``start``, and what an optimizer has pushed to zero or below the smallest scale. The parameter stays
+    the one that the optimizer knows."""
+    # By .data: another pass of the same step may still be waiting for its gradient.
+    learned.data.copy_(torch.where(learned.isnan(), start, learned).clamp(min=SMALLEST))
+
+
+class QuantConv2d(nn.Conv2d):
+    """The convolution ``layer``, whose parameters it shares, with a quantiser for weights and one for inputs."""
+
+    def __init__(self, layer: nn.Conv2d, weight: nn.Module, inputs: nn.Module) -> None:
+        c, has_bias = layer, layer.bias is not None
+        shape = (c.in_channels, c.out_channels, c.kernel_size, c.stride, c.padding, c.dilation, c.groups)
+        super().__init__(*shape, bias=has_bias, padding_mode=c.padding_mode, device="meta")  # pyright: ignore[reportArgumentType]
+        self.weight, self.bias = layer.weight, layer.bias
+        self.weight_quantizer, self.input_quantizer = weight, inputs
+        self.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+
+
+class QuantLinear(nn.Linear):
+    """The linear ``layer``, whose parameters it shares, with a quantiser for weights and one for inputs."""
+
+    def __init__(self, layer: nn.Linear, weight: nn.Module, inputs: nn.Module) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+        self.weight_quantizer, self.input_quantizer = weight, inputs
+        self.train(layer.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(self.input_quantizer(input), self.weight_quantizer(self.weight), self.bias)
+
+
+def quantized(network: nn.Module, quantizers: Mapping[str, tuple[nn.Module, nn.Module]]) -> nn.Module:
+    """A copy of ``network`` in which every layer named has its quantisers, of the weight and of the input.
+
+    Raises: UserError for a path that is no plain convolution or linear layer: what computes in a way of its own would
+    lose it.
+
+    >>> quantized(network, {"head": (LSQ(4), RunningRange(8))})
+    """
+    made: dict[int, object] = {}
+    layers = dict(network.named_modules())
+    for path, (weight, inputs) in quantizers.items():
+        layer = layers.get(path)
+        if type(layer) not in (nn.Conv2d, nn.Linear):
+            raise UserError(f"only plain convolutions and linear layers can be quantised; {path!r} is {layer}")
+        own = copy.deepcopy(layer, made)
+        made[id(layer)] = (QuantConv2d if isinstance(own, nn.Conv2d) else QuantLinear)(own, weight, inputs)  # pyright: ignore[reportArgumentType]
+    return copy.deepcopy(network, made)
+
+
+def layer_bits(path: str, layer: QuantConv2d | QuantLinear) -> tuple[int, int]:
+    """Bits of weight and input. Raises: UserError, naming ``path``, where they are still to be decided."""
+    weight, inputs = (getattr(part, "bits", None) for part in (layer.weight_quantizer, layer.input_quantizer))
+    if weight is None or inputs is None:
+        raise UserError(f"the bits of {path!r} are still open: derive the network first")
+    return weight, inputs

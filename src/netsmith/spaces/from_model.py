@@ -1,0 +1,222 @@
+"""An existing network as a search space: every layer that can be replaced is opened, with what may stand in its place.
+
+A layer is what stands in a row of layers (`nn.Sequential`, `nn.ModuleList`), takes one feature map and returns one, and
+runs once: a residual block with its sum, or a lone convolution. A candidate maps the same shape to the same shape, so
+that any combination is a network (LANA, Molchanov et al. 2021, arXiv:2107.10624; the lists are ours, the paper's 197
+operations are not published).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from netsmith.blocks.mobile import ConvBn, FusedMBConv, MBConv
+from netsmith.blocks.residual import Bottleneck, ResidualConv
+from netsmith.cost.counts import Shape, to_meta
+from netsmith.decisions import Architecture, OneOf, derive
+from netsmith.errors import UserError
+from netsmith.spaces import open_space
+
+ORIGINAL = "original"
+"""The option that leaves a layer as it is."""
+IDENTITY = "identity"
+"""The option that leaves it out; where shapes agree."""
+
+ROWS = nn.Sequential | nn.ModuleList | nn.ModuleDict
+
+Pool = Literal["identity", "small", "full"]
+Made = Callable[[], nn.Module]
+
+
+@dataclass(frozen=True)
+class Replaceable:
+    """A layer and the shapes of one image before and after it."""
+
+    path: str
+    input: Shape
+    output: Shape
+
+    @property
+    def stride(self) -> int:
+        return -(-self.input[1] // self.output[1])
+
+
+def from_model(of: dict[str, Any], pool: Pool = "small", *, classes: int, channels: int, resolution: int) -> nn.Module:
+    """The network ``of`` with a `OneOf` in place of every replaceable layer, untrained.
+
+    ``of`` says which: `space`, `space_options` and `architecture`, as in a run's folder. ``pool``: what may stand
+    there beside the original: "identity" (layers are only left out), "small" (four cheap operations more) or "full".
+
+    Raises: UserError for a network in which nothing can be replaced: why not, layer by layer.
+    """
+    network = source(of, classes=classes, channels=channels, resolution=resolution)
+    found, left = replaceable(network, (channels, resolution, resolution))
+    reference: Architecture = {}
+    for layer in found:
+        options = candidates(layer, pool)
+        if options:
+            original = network.get_submodule(layer.path)
+            network.set_submodule(layer.path, OneOf({ORIGINAL: original, **{n: made() for n, made in options.items()}}))
+            reference[layer.path] = ORIGINAL
+    if not reference:
+        reasons = "; ".join(f"{path}: {why}" for path, why in left.items()) or "it has no convolutions in a row"
+        raise UserError(f"{of['space']}: there is no layer to replace ({reasons})")
+    network.reference = reference  # pyright: ignore[reportArgumentType]
+    return network
+
+
+def source(of: Mapping[str, Any], *, classes: int, channels: int, resolution: int) -> nn.Module:
+    """The plain network that is opened, untrained."""
+    shape = {"classes": classes, "channels": channels, "resolution": resolution}
+    network = open_space(of["space"], **{**of["space_options"], **shape})
+    return derive(network, of.get("architecture") or {})
+
+
+def carry(space: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give the original layers their weights: those of the plain network, by their names there.
+
+    Raises: UserError for weights that do not fit.
+    """
+    opened = [path for path, part in space.named_modules() if isinstance(part, OneOf)]
+    renamed = {}
+    for name, tensor in weights.items():
+        outer = next((path for path in opened if name.startswith(f"{path}.")), None)
+        renamed[name if outer is None else f"{outer}.{ORIGINAL}.{name.removeprefix(outer + '.')}"] = tensor
+    lacking, extra = space.load_state_dict(renamed, strict=False)
+    alone = {
+        f"{path}.{option}." for path in opened for option in space.get_submodule(path).options if option != ORIGINAL
+    }  # pyright: ignore
+    lacking = [n for n in lacking if not n.endswith(".logits") and not any(n.startswith(part) for part in alone)]
+    if lacking or extra:
+        what = f"{lacking[0]!r} is missing" if lacking else f"the network has no {extra[0]!r}"
+        raise UserError(f"the weights do not fit the network: {what}")
+
+
+def replaceable(network: nn.Module, shape: Shape) -> tuple[list[Replaceable], dict[str, str]]:
+    """The layers that can be replaced, in the order of the network, and for the rest, why not.
+
+    ``shape`` is (channels, height, width) of the input.
+    """
+    rows = list(_rows("", network))
+    runs = _runs(network, rows, shape)
+    found: list[Replaceable] = []
+    left: dict[str, str] = {}
+    for path in rows:
+        calls = runs[path]
+        if len(calls) != 1:
+            left[path] = f"it runs {len(calls)} times in a pass"
+        elif calls[0] is None:
+            left[path] = "it does not take one feature map and return one"
+        elif calls[0][0] == tuple(shape):
+            left[path] = "it is the stem"
+        else:
+            found.append(Replaceable(path, *calls[0]))
+    return found, left
+
+
+def _rows(path: str, module: nn.Module) -> Iterator[str]:
+    """The parts that may be layers: what convolves and stands in a row, and blocks that stand alone."""
+    for name, child in module.named_children():
+        inner = f"{path}.{name}".lstrip(".")
+        if isinstance(child, ROWS) or _holds_a_row(child):
+            yield from _rows(inner, child)
+        elif _is_block(child) or (isinstance(child, nn.Conv2d) and isinstance(module, ROWS)):
+            yield inner
+
+
+def _is_block(module: nn.Module) -> bool:
+    return not isinstance(module, nn.Conv2d) and any(isinstance(part, nn.Conv2d) for part in module.modules())
+
+
+def _holds_a_row(module: nn.Module) -> bool:
+    """Whether several blocks stand inside in a row, or several blocks of one kind: then these are the layers."""
+    for part in module.modules():
+        blocks = [child for child in part.children() if _is_block(child)]
+        alike = len({type(block) for block in blocks}) == 1 and all(_deep(block) for block in blocks)
+        if len(blocks) > 1 and (isinstance(part, ROWS) or alike):
+            return True
+    return False
+
+
+def _deep(module: nn.Module) -> bool:
+    return sum(isinstance(part, nn.Conv2d) for part in module.modules()) > 1
+
+
+def _runs(network: nn.Module, paths: list[str], shape: Shape) -> dict[str, list[Any]]:
+    """For each path its calls in one pass: (input shape, output shape), or None for other than feature maps."""
+    shadow = to_meta(network).eval()
+    calls: dict[str, list[Any]] = {path: [] for path in paths}
+
+    def note(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            maps = [*inputs, output]
+            plain = len(maps) == 2 and all(isinstance(part, Tensor) and part.dim() == 4 for part in maps)
+            calls[path].append(tuple(tuple(part.shape[1:]) for part in maps) if plain else None)
+
+        return hook
+
+    for path in paths:
+        shadow.get_submodule(path).register_forward_hook(note(path))
+    with torch.no_grad():
+        shadow(torch.empty(1, *shape, device="meta"))
+    return calls
+
+
+def candidates(layer: Replaceable, pool: Pool) -> dict[str, Made]:
+    """What may stand in place of a layer, by name; each makes its module. Empty where the shapes allow nothing."""
+    (inputs, height, width), (outputs, *after), stride = layer.input, layer.output, layer.stride
+    options: dict[str, Made] = {}
+    if layer.input == layer.output:
+        options[IDENTITY] = nn.Identity
+    if pool == "identity" or after != [-(-height // stride), -(-width // stride)]:
+        return options
+    if pool == "small":
+        return options | _small(inputs, outputs, stride)
+    return options | _full(inputs, outputs, stride)
+
+
+def _small(inputs: int, outputs: int, stride: int) -> dict[str, Made]:
+    return {
+        "conv_k3": lambda: ResidualConv(inputs, outputs, 3, stride=stride),
+        "bottleneck_k3_m4": lambda: Bottleneck(inputs, outputs, 3, hidden=_part(outputs, 4), stride=stride),
+        "mb_k3_e1": lambda: MBConv(inputs, outputs, kernel=3, hidden=inputs, stride=stride, expand=False),
+        "mb_k3_e2": lambda: MBConv(inputs, outputs, kernel=3, hidden=2 * inputs, stride=stride),
+    }
+
+
+def _full(inputs: int, outputs: int, stride: int) -> dict[str, Made]:
+    found = _small(inputs, outputs, stride)
+    for kernel in (3, 5, 7):
+        for expansion in (1, 2, 3, 4, 6):
+            for squeeze in (0, max(1, inputs // 4)):
+                name = f"mb_k{kernel}_e{expansion}" + ("_se" if squeeze else "")
+                found[name] = lambda k=kernel, e=expansion, s=squeeze: MBConv(
+                    inputs, outputs, kernel=k, hidden=e * inputs, stride=stride, squeeze=s, expand=e > 1
+                )
+    for kernel in (3, 5):
+        for expansion in (1, 2, 4, 6):
+            for squeeze in (0, max(1, inputs // 4)):
+                name = f"fused_k{kernel}_e{expansion}" + ("_se" if squeeze else "")
+                found[name] = lambda k=kernel, e=expansion, s=squeeze: FusedMBConv(
+                    inputs, outputs, kernel=k, hidden=e * inputs, stride=stride, squeeze=s
+                )
+        for share in (8, 4, 2):
+            found[f"bottleneck_k{kernel}_m{share}"] = lambda k=kernel, m=share: Bottleneck(
+                inputs, outputs, k, hidden=_part(outputs, m), stride=stride
+            )
+        for share in (4, 2, 1):
+            found[f"basic_k{kernel}_m{share}"] = lambda k=kernel, m=share: nn.Sequential(
+                ConvBn(inputs, _part(outputs, m), k, stride=stride), ConvBn(_part(outputs, m), outputs, k)
+            )
+    for kernel in (1, 5):
+        found[f"conv_k{kernel}"] = lambda k=kernel: ResidualConv(inputs, outputs, k, stride=stride)
+    return found
+
+
+def _part(channels: int, share: int) -> int:
+    return max(8, channels // share)

@@ -1,0 +1,429 @@
+"""HAWQ-V3's integer program on the published numbers of ResNet-18; HAQ's wall; EdMIPS' mixture and penalty."""
+
+import itertools
+import random
+import statistics
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from netsmith.blocks.quantized import Fixed, quantized
+from netsmith.blocks.quantizers import hwgq_activation, hwgq_weight, span, symmetric
+from netsmith.cost.bits import BitOps, Layer, layers
+from netsmith.cost.prices import Prices
+from netsmith.decisions import decisions, derive, logits
+from netsmith.errors import UserError
+from netsmith.gates import Gumbel, draw, fix, release, single_path
+from netsmith.methods.mixed_precision import (
+    action_bits,
+    action_wall,
+    between,
+    expected_bits,
+    least_sensitive,
+    mixed,
+    penalty,
+    sensitivities,
+)
+from netsmith.search.allocate import Infeasible, Limit
+from netsmith.search.hessian import traces
+
+
+def row(text: str) -> list[float]:
+    return [float(word) for word in text.split()]
+
+
+# HAWQ's published arrays for the 19 inner layers of ResNet-18; traces are already divided by the number of weights.
+TRACE = row(
+    ".06857826 .03162379 .03298575 .01205663 .02222431 .00596336 .06931772 .00807129 .00372905 .00530698 .00209011"
+    " .00737569 .00210454 .00151197 .00158041 .00078146 .00451841 .00098745 .00072944"
+)
+ERROR = {
+    8: row(
+        ".0235 .0125 .0102 .0082 .0145 .0344 .0023 .0287 .0148 .0333 .0682 .0027 .0448 .0336 .0576 .1130 .0102 .0947"
+        " .0532"
+    ),
+    4: row(
+        "6.7430 3.9691 3.3281 2.6796 4.7277 10.5966 .6827 9.0942 4.8857 10.7599 21.7546 .8603 14.5324 10.9651 18.7706"
+        " 36.4044 3.1572 29.6994 17.4016"
+    ),
+}
+WEIGHTS = [36864] * 4 + [73728, 147456, 8192, 147456, 147456, 294912, 589824, 32768, 589824, 589824, 1179648, 2359296]
+WEIGHTS += [131072, 2359296, 2359296]
+STAGE = [57802752, 115605504, 6422528, 115605504, 115605504]
+MACS = [115605504] * 4 + STAGE * 3
+LATENCY = {
+    4: row(
+        ".21094404 .21092674 .21104113 .21086851 .13642465 .19167506 .02532183 .19148203 .19142914 .11395316 .20556011"
+        " .01917474 .20566918 .20566509 .13185102 .22287786 .01790088 .22304611 .22286099"
+    ),
+    8: row(
+        ".36189111 .36211718 .31141909 .30454471 .19184896 .38948934 .0334169 .38904905 .3892859 .19134735 .34307431"
+        " .02802354 .34313329 .34310756 .21117103 .37376585 .02896843 .37398187 .37405185"
+    ),
+}
+TIES = [("4", "6"), ("9", "11"), ("14", "16")]
+LAYERS = [str(index) for index in range(19)]
+OMEGA = {p: {b: TRACE[i] * ERROR[b][i] for b in (4, 8)} for i, p in enumerate(LAYERS)}
+
+
+def tabulated(price) -> Prices:
+    return Prices(0.0, {p: {b: price(i, b) for b in (4, 8)} for i, p in enumerate(LAYERS)})
+
+
+PRICES = {
+    "size": tabulated(lambda i, b: Layer(MACS[i], WEIGHTS[i]).weight_bytes(b) / 2**20),
+    "bops": tabulated(lambda i, b: Layer(MACS[i], WEIGHTS[i]).bitops(b, b) / 1024e6),
+    "latency": tabulated(lambda i, b: LATENCY[b][i]),
+}
+# bit_config.py of Zhen-Dong/HAWQ, without the first layer.
+PUBLISHED = [
+    ("size", 0.25, "8888888888888844444", -1.18941),
+    ("size", 0.5, "8888888888888884844", -1.23321),
+    ("size", 0.75, "8888888888888488884", -1.27427),
+    ("bops", 0.25, "8884848444444444444", -0.84729),
+    ("bops", 0.5, "8884888848884444444", -1.09202),
+    ("bops", 0.75, "8888888848888484884", -1.22775),
+    ("latency", 0.25, "8884848444444444444", -0.84729),
+    ("latency", 0.5, "8888848848884484844", -1.10504),
+    ("latency", 0.75, "8888888848888484884", -1.22775),
+]
+
+
+def objective(bits: dict) -> float:
+    """HAWQ's: what the layers at 8 bits save."""
+    return sum(OMEGA[p][8] - OMEGA[p][4] for p in LAYERS if bits[p] == 8)
+
+
+def solved(price: str, share: float, **options) -> dict:
+    prices = PRICES[price]
+    return least_sensitive(OMEGA, [Limit(prices, between(prices, share), name=price)], **options)
+
+
+@pytest.mark.parametrize(("price", "share", "published", "value"), PUBLISHED)
+def test_resnet18s_nine_published_configurations(price, share, published, value):
+    found = solved(price, share, ties=TIES)
+    assert "".join(str(found[p]) for p in LAYERS) == published
+    assert objective(found) == pytest.approx(value, abs=1e-5)
+    assert PRICES[price].of(found) <= between(PRICES[price], share)
+
+
+def test_resnet18s_limits_and_sums():
+    ends = {name: (between(prices, 0), between(prices, 1)) for name, prices in PRICES.items()}
+    assert ends["size"] == pytest.approx((5.3203, 10.6406), abs=1e-4)
+    assert ends["bops"] == pytest.approx((26.4929, 105.9717), abs=1e-4)
+    assert ends["latency"] == pytest.approx((3.1487, 5.3437), abs=1e-4)
+    assert sum(r[4] for r in OMEGA.values()) == pytest.approx(1.307713, abs=1e-6)
+    assert sum(r[8] for r in OMEGA.values()) == pytest.approx(0.004258, abs=1e-6)
+
+
+@pytest.mark.parametrize("price", PRICES)
+def test_more_budget_is_never_worse(price):
+    values = [objective(solved(price, share / 10, ties=TIES)) for share in range(11)]
+    assert values == sorted(values, reverse=True)
+    assert values[0] == 0
+    assert values[-1] == pytest.approx(objective(dict.fromkeys(LAYERS, 8)))
+
+
+@pytest.mark.parametrize("price", PRICES)
+def test_better_than_bits_at_random_and_the_other_way_round_worse(price):
+    generator = random.Random(0)
+    prices, limit = PRICES[price], between(PRICES[price], 0.5)
+    omega = []
+    for _ in range(20):
+        bits = dict.fromkeys(LAYERS, 8)
+        for path in generator.sample(LAYERS, 19):
+            if prices.of(bits) > limit:
+                bits[path] = 4
+        omega.append(objective(bits))
+    best = objective(solved(price, 0.5))
+    upside_down = {p: {b: -o for b, o in r.items()} for p, r in OMEGA.items()}
+    worst = objective(least_sensitive(upside_down, [Limit(prices, limit, at_least=0.95 * limit)]))
+    assert best <= min(omega)
+    assert worst > statistics.median(omega)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_equals_brute_force(seed):
+    generator = random.Random(seed)
+    names = [str(index) for index in range(generator.randint(1, 7))]
+    omega = {p: {b: generator.random() / b for b in generator.choice([(2, 4, 8), (8,), (4, 8)])} for p in names}
+    same = [p for p in names if len(omega[p]) == 3]
+    ties = [same[:2]] if len(same) > 1 and generator.random() < 0.5 else []
+    prices = [
+        Prices(0.3, {p: {b: b * (1 + generator.random()) for b in r} for p, r in omega.items()}) for _ in range(2)
+    ]
+    limits = [Limit(p, between(p, generator.choice([0.2, 0.5, 0.9]))) for p in prices]
+    every = [dict(zip(omega, bits, strict=True)) for bits in itertools.product(*omega.values())]
+    allowed = [
+        bits
+        for bits in every
+        if all(x.holds(bits) for x in limits) and all(bits[p] == bits[tie[0]] for tie in ties for p in tie)
+    ]
+    if not allowed:
+        with pytest.raises(Infeasible):
+            least_sensitive(omega, limits, ties)
+        return
+    found = least_sensitive(omega, limits, ties)
+    assert found in allowed
+    assert sum(omega[p][b] for p, b in found.items()) == pytest.approx(
+        min(sum(omega[p][b] for p, b in bits.items()) for bits in allowed)
+    )
+
+
+def test_a_dozen_layers_equal_dynamic_programming():
+    generator = random.Random(1)
+    names = [str(index) for index in range(12)]
+    omega = {p: {b: generator.random() / b for b in (2, 4, 8)} for p in names}
+    weights = {p: generator.randint(1, 9) for p in names}
+    prices = Prices(0.0, {p: {b: float(b * weights[p]) for b in (2, 4, 8)} for p in names})
+    limit = int(between(prices, 0.4))
+    least = {0: 0.0}
+    for p in names:
+        step: dict[int, float] = {}
+        for spent, value in least.items():
+            for b in (2, 4, 8):
+                if (total := spent + b * weights[p]) <= limit:
+                    step[total] = min(step.get(total, float("inf")), value + omega[p][b])
+        least = step
+    found = least_sensitive(omega, [Limit(prices, limit)])
+    assert sum(omega[p][b] for p, b in found.items()) == pytest.approx(min(least.values()))
+
+
+def test_ties_that_cannot_be():
+    for second in (("1", "2"), ("2", "1")):
+        with pytest.raises(UserError, match=r"as [12], [12]: '1' is tied twice"):
+            least_sensitive(OMEGA, [], [("0", "1"), second])
+    with pytest.raises(UserError, match="as 0, x: 'x' is no layer"):
+        least_sensitive(OMEGA, [], [("0", "x")])
+    for wrong in ({8: 0.0}, {2: 0.0, 4: 0.0, 8: 0.0}):
+        with pytest.raises(UserError, match="'18' cannot be tied to '0': its options are"):
+            least_sensitive({**OMEGA, "18": wrong}, [], [("0", "18")])
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, stride=2, groups=2),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(72, 4),
+    )
+
+
+SHAPE = (3, 8, 8)
+
+
+def test_from_a_network_to_its_bits():
+    network, x = small(), torch.randn(16, *SHAPE)
+    y = torch.randint(0, 4, (16,))
+    paths = ["0", "2", "5"]
+    found = traces(network, lambda n: F.cross_entropy(n(x), y), paths, torch.Generator().manual_seed(0), draws=20)
+    omega = sensitivities(network, found, (2, 4, 8))
+    weight = network[2].weight
+    error = (symmetric(*span(weight, 0), 4)(weight) - weight).square().sum().item()
+    assert omega["2"][4] == pytest.approx(max(found["2"], 0) / weight.numel() * error)
+    assert all(r[2] >= r[4] >= r[8] >= 0 for r in omega.values())
+    omega["0"] = {8: omega["0"][8]}  # the first layer is fixed
+    table = layers(network, SHAPE)
+    prices = Prices(0.0, {p: {b: table[p].bitops(b, b) for b in omega[p]} for p in paths}, "")
+    bits = least_sensitive(omega, [Limit(prices, between(prices, 0.5), name="BitOPs")], [("2", "5")])
+    assert bits["0"] == 8
+    assert bits["2"] == bits["5"]
+
+    def both(b):
+        return Fixed(torch.clone, b), Fixed(torch.clone, b)
+
+    made = quantized(network, {p: both(b) for p, b in bits.items()})
+    assert BitOps()(made, SHAPE) == prices.of(bits)
+
+
+# HAQ
+
+
+@pytest.mark.parametrize("least", [1, 2, 3])
+@pytest.mark.parametrize("most", [4, 7, 8])
+def test_actions_become_bits(least, most):
+    assert action_bits(0.0, least, most) == least
+    assert action_bits(1.0, least, most) == most
+    steps = [action_bits(a / 10_000, least, most) for a in range(10_001)]
+    assert steps == sorted(steps)
+    counts = [steps.count(b) for b in range(least, most + 1)]
+    assert max(counts) - min(counts) <= 3, "every number of bits has the same share of actions"
+
+
+def wall_problem(seed: int):
+    generator = random.Random(seed)
+    names = [f"layer{index}" for index in range(generator.randint(2, 7))]
+    bits = {p: (generator.randint(2, 8), generator.randint(2, 8)) for p in names}
+    macs = {p: generator.randint(1, 9) for p in names}
+    return bits, lambda given: sum(macs[p] * w * a for p, (w, a) in given.items())
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_wall_keeps_the_budget_or_has_nothing_left_to_lower(seed):
+    bits, cost = wall_problem(seed)
+    names = list(bits)
+    start = {p: (8, 8) if p in (names[0], names[-1]) else b for p, b in bits.items()}
+    for share in (0.1, 0.4, 0.7, 1.0):
+        budget = share * cost(start)
+        found = action_wall(bits, cost, budget)
+        assert list(found) == names
+        assert found[names[0]] == found[names[-1]] == (8, 8)
+        assert cost(found) <= budget or all(found[p] == (2, 2) for p in names[1:-1])
+        assert action_wall(found, cost, budget) == found
+        assert all(2 <= after <= before for p in names for after, before in zip(found[p], start[p], strict=True))
+
+
+def test_the_wall_goes_backwards_activations_first():
+    bits = dict.fromkeys("abcd", (8, 8))
+
+    def total(given):
+        return sum(w + a for w, a in given.values())
+
+    full = total(bits)
+    assert action_wall(bits, total, full) == bits
+    assert action_wall(bits, total, full - 1) == {**bits, "c": (8, 7)}
+    assert action_wall(bits, total, full - 2) == {**bits, "c": (7, 7)}
+    assert action_wall(bits, total, full - 3) == {**bits, "b": (8, 7), "c": (7, 7)}
+    assert action_wall(bits, total, full - 5) == {**bits, "b": (7, 7), "c": (7, 6)}
+    assert action_wall(bits, total, 0, least=3) == {**bits, "b": (3, 3), "c": (3, 3)}
+    assert action_wall(dict.fromkeys("ab", (3, 3)), total, 0) == dict.fromkeys("ab", (8, 8)), "nothing but the ends"
+
+
+# EdMIPS
+
+
+def searched(bits=(1, 2, 4)) -> nn.Module:
+    return mixed(small(), ["2", "5"], bits)
+
+
+def randomized(network: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for number, one in enumerate(logits(network)):
+            one.copy_(torch.linspace(-1, 1, len(one)).roll(number))
+    return network
+
+
+def test_one_convolution_with_two_mixtures():
+    network, x = randomized(searched()), torch.randn(2, 8, 8, 8)
+    conv = network[2]
+    p, q = conv.input_quantizer.logits.softmax(0), conv.weight_quantizer.logits.softmax(0)
+    inputs = sum(w * hwgq_activation(x, b) for w, b in zip(p, (1, 2, 4), strict=True))
+    weight = sum(w * hwgq_weight(conv.weight, b) for w, b in zip(q, (1, 2, 4), strict=True))
+    assert torch.allclose(conv(x), F.conv2d(inputs, weight, conv.bias, stride=2, groups=2), atol=1e-6)
+    assert list(decisions(network)) == [f"{p}.{part}_quantizer" for p in ("2", "5") for part in ("weight", "input")]
+
+
+def test_one_hot_is_the_plain_quantised_network():
+    network, x = searched().eval(), torch.randn(2, *SHAPE)
+    bits = {"2": (4, 1), "5": (2, 4)}
+    plain = quantized(
+        small(),
+        {
+            path: (Fixed(lambda v, w=w: hwgq_weight(v, w), w), Fixed(lambda v, a=a: hwgq_activation(v, a), a))
+            for path, (w, a) in bits.items()
+        },
+    ).eval()
+    chosen = {f"{p}.weight_quantizer": str(w) for p, (w, _) in bits.items()}
+    chosen |= {f"{p}.input_quantizer": str(a) for p, (_, a) in bits.items()}
+    expected = plain(x)
+    derived = derive(network, chosen)
+    assert torch.equal(derived(x), expected)
+    assert BitOps()(derived, SHAPE) == BitOps()(plain, SHAPE)
+    fix(network, chosen)
+    assert torch.equal(network(x), expected)
+    release(network)
+    with torch.no_grad():
+        for path, decision in decisions(network).items():
+            decision.logits.fill_(-1e9)[decision.index(chosen[path])] = 0
+    assert torch.equal(network(x), expected)
+
+
+MACS_OF = {path: layer.macs for path, layer in layers(small(), SHAPE).items() if path in ("2", "5")}
+
+
+def test_the_penalty_by_hand():
+    network = randomized(searched()).double()
+    value = 0.0
+    for path, macs in MACS_OF.items():
+        product = 1.0
+        for part in ("weight", "input"):
+            p = decisions(network)[f"{path}.{part}_quantizer"].logits.softmax(0)
+            product *= float(p.detach() @ torch.tensor([1.0, 2, 4], dtype=torch.float64))
+        value += macs * product
+    assert penalty(network, MACS_OF, 0.03).item() == pytest.approx(0.03 * value / MACS_OF["2"])
+    millions = {path: macs * 1e-6 for path, macs in reversed(MACS_OF.items())}
+    assert penalty(network, millions, 0.03).item() == pytest.approx(0.03 * value / MACS_OF["2"]), (
+        "c_0 is the first layer"
+    )
+
+
+def test_the_penaltys_derivative():
+    network = randomized(searched()).double()
+    found = torch.autograd.grad(penalty(network, MACS_OF, 0.7), logits(network))
+    for one, gradient in zip(logits(network), found, strict=True):
+        for i in range(len(one)):
+            ends = []
+            for step in (1e-6, -1e-6):
+                with torch.no_grad():
+                    one[i] += step
+                    ends.append(penalty(network, MACS_OF, 0.7).item())
+                    one[i] -= step
+            assert float(gradient[i]) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6, abs=1e-9)
+    head = network[5]
+    (gradient,) = torch.autograd.grad(penalty(network, MACS_OF, 1.0), head.weight_quantizer.logits)
+    p, bits = head.weight_quantizer.logits.softmax(0), torch.tensor([1.0, 2, 4], dtype=torch.float64)
+    slope = MACS_OF["5"] / MACS_OF["2"] * expected_bits(head.input_quantizer)
+    assert torch.allclose(gradient, slope * p * (bits - p @ bits)), "p_i (b_i - E)"
+
+
+def test_expected_bits_of_what_is_drawn():
+    network, generator = searched(), torch.Generator().manual_seed(0)
+    for gate in (single_path, Gumbel(0.5)):
+        draw(network, gate, generator)
+        for decision in decisions(network).values():
+            expected = sum(w.item() * (1, 2, 4)[i] for i, w in decision.drawn.pairs())
+            assert expected_bits(decision).item() == pytest.approx(expected)
+    assert expected_bits(Fixed(torch.clone, 8)) == 8
+
+
+@pytest.mark.parametrize(("strength", "fewest"), [(0.0, False), (10.0, True)])
+def test_a_strong_penalty_leaves_the_fewest_bits(strength, fewest):
+    network, generator = searched(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
+    for _ in range(40):
+        x = torch.randn(32, *SHAPE, generator=generator)
+        y = (x[:, 0].mean((1, 2)) > 0).long()
+        loss = F.cross_entropy(network(x), y) + penalty(network, MACS_OF, strength)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert all(int(one.argmax()) == 0 for one in logits(network)) == fewest
+
+
+def test_a_stronger_penalty_never_costs_more():
+    costs = []
+    for strength in (0.001, 0.01, 0.1, 1.0):
+        network = searched()
+        optimizer = torch.optim.SGD(logits(network), 0.5)
+        for _ in range(20):
+            optimizer.zero_grad()
+            # Something that wants many bits stands for the loss.
+            wants = sum(decision.logits.softmax(0)[0] for decision in decisions(network).values())
+            (wants + penalty(network, MACS_OF, strength)).backward()
+            optimizer.step()
+        costs.append(penalty(network, MACS_OF, 1.0).item())
+    assert costs == sorted(costs, reverse=True)
+
+
+def test_what_the_penalty_cannot_count():
+    network = searched()
+    for macs, text in ({"0": 1.0}, "0"), ({}, ""), ({"2": 1.0, "9": 1.0}, "9"):
+        with pytest.raises(UserError, match=f"no quantised layers: {text}$"):
+            penalty(network, macs, 1.0)
+    with pytest.raises(UserError, match="1 to 4 bits"):
+        searched((2, 8))

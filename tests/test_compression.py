@@ -1,0 +1,127 @@
+"""`netsmith compress`, whole: a network of one's own is made to keep a budget, and what cannot be is said in a line."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from netsmith import load
+from netsmith.cli import main
+from netsmith.compression import gained, prepare_compression
+from netsmith.errors import UserError
+from netsmith.options import CompressOptions
+from netsmith.run import read_events
+from netsmith.spaces import open_space
+from netsmith.tasks import open_task
+from netsmith.train.loop import train
+from netsmith.train.recipe import Recipe
+
+MODULE = """
+from torch import nn
+from netsmith.blocks.mobile import ConvBn
+
+def network(classes, channels):
+    layers = [ConvBn(channels, 8, 3), *(ConvBn(8, 8, 3) for _ in range(4)), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(8, classes))
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a module that makes a network, and its weights."""
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "tiny_network.py").write_text(MODULE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        torch.manual_seed(0)
+        made = open_space("module:tiny_network:network", classes=10, channels=1, resolution=8)
+        train(made, open_task("digits"), Recipe(epochs=4, batch_size=64), split="trainval")
+        save_file(made.state_dict(), folder / "weights.safetensors")
+        yield folder
+
+
+def asked(**changed) -> CompressOptions:
+    plain = {"model": "module:tiny_network:network", "task": "digits", "baselines": (), "epochs": 1}
+    return CompressOptions(**{**plain, **changed})
+
+
+def test_from_weights_to_a_file_that_is_faster(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    before = (place / "weights.safetensors").read_bytes()
+    arguments = ["--task", "digits", "--weights", "weights.safetensors", "--pool", "identity", "--epochs", "1"]
+    budget = ["--budget", "macs<=0.6x", "--out", "run", "--baselines", "--json"]
+    code = main(["compress", "module:tiny_network:network", *arguments, *budget])
+    result = json.loads(capsys.readouterr().out)
+    assert code == 0
+    assert result["kept"]
+    assert result["cost"]["macs"] <= 0.6 * result["reference"]["cost"]["macs"]
+    assert (place / "weights.safetensors").read_bytes() == before
+    assert sorted(result["architecture"].values()) == ["identity", "identity", "original", "original"]
+    network = load(place / "run")
+    assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    original = load(place / "run" / "others" / "reference").state_dict()
+    assert all(torch.equal(tensor, original[name]) for name, tensor in load_file("weights.safetensors").items())
+    assert any(event["kind"] == "lana_scores" for event in read_events(place / "run"))
+    # A run can be compressed again, without another word about its task.
+    with prepare_compression(CompressOptions(model="run", out=place / "again", pool="identity")) as run:
+        assert run.problem["task"] == "digits"
+        assert run.problem["space_options"]["of"]["architecture"] == result["architecture"]
+
+
+def test_what_cannot_be_compressed(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    other = tmp_path / "other.safetensors"
+    save_file({"0.weight": torch.zeros(1)}, other)
+    (tmp_path / "weights.pth").write_bytes(b"pickle")
+    (tmp_path / "broken.safetensors").write_bytes(b"nothing")
+    for options, sentence in [
+        ({"model": None}, "no MODEL was given"),
+        ({}, "module:tiny_network:network has no trained weights"),
+        ({"task": None, "weights": place / "weights.safetensors"}, "what has module:tiny_network:network learnt"),
+        ({"weights": other}, "the weights do not fit module:tiny_network:network: '0.conv.weight' is missing"),
+        ({"weights": tmp_path / "weights.pth"}, "is no safetensors file; a pickle can run code"),
+        ({"weights": tmp_path / "broken.safetensors"}, "broken.safetensors is damaged"),
+        ({"weights": tmp_path / "none.safetensors"}, "none.safetensors is missing"),
+        ({"model": "nowhere"}, "nowhere is no folder"),
+        ({"model": "timm:resnet18"}, "timm:resnet18 was trained to tell 1000 classes apart, and digits has 10"),
+        ({"weights": place / "weights.safetensors", "method": "fbnet2"}, "unknown method 'fbnet2'"),
+        ({"weights": place / "weights.safetensors", "budget": ("latency<=0.5",)}, "latency<=0.5"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            prepare_compression(asked(**options, out=tmp_path / "run"))
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_method_that_cannot_is_refused_and_nothing_is_left(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    with pytest.raises(UserError, match="repnas cannot search the space 'from_model'"):
+        prepare_compression(asked(weights=place / "weights.safetensors", method="repnas", out=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "sentence"), [(2.0, ""), (3.0, "nothing was gained: latency is 3.00 ms"), (4.0, "nothing")]
+)
+def test_a_file_that_is_not_faster_than_the_original_is_refused(own, sentence):
+    def cost(milliseconds: float) -> dict:
+        return {"latency_ms": {"median": milliseconds}, "macs": 10.0}
+
+    budgets = [{"metric": "latency", "unit": "ms", "limit": 5.0}]
+    result = {"cost": cost(own), "budgets": budgets, "reference": {"cost": cost(3.0)}}
+    assert gained(result).startswith(sentence)
+    assert bool(gained(result)) == bool(sentence)
+    assert bool(gained({"front": [result], "reference": {"cost": cost(3.0)}})) == bool(sentence)
+
+
+def test_layers_are_replaced_in_a_copy(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    with prepare_compression(asked(weights=place / "weights.safetensors", out=tmp_path / "run")) as run:
+        from netsmith.job import Job
+        from netsmith.say import Console
+
+        with Console() as say:
+            space = Job(run, say).build()
+    assert space.reference == {str(i): "original" for i in range(1, 5)}
+    assert isinstance(space.get_submodule("1.identity"), nn.Identity)
