@@ -50,7 +50,8 @@ def prepare_compression(options: CompressOptions, *, command: Sequence[str] = ()
         raise UserError(f"what has {options.model} learnt? --task names it")
     shared = {field.name: getattr(options, field.name) for field in fields(BudgetOptions)}
     if options.task is None:
-        shared |= {"data": options.data or asked["data"], "resolution": options.resolution or asked["resolution"]}
+        data = Path(asked["data"]) if asked["data"] else None
+        shared |= {"data": options.data or data, "resolution": options.resolution or asked["resolution"]}
     task = options.task or asked["task"]
     opened = open_task(task, shared["data"], resolution=shared["resolution"])
     shared["recipe"] = {**fine_tuning(opened), **options.recipe}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,7 +84,7 @@ class GhostBottleneck(nn.Module):
     ) -> None:
         super().__init__()
         shown = {"kernel": kernel, "hidden": hidden, "stride": stride, "squeeze": squeeze}
-        ghost = {"ratio": ratio, "cheap_kernel": cheap_kernel}
+        ghost: dict[str, Any] = {"ratio": ratio, "cheap_kernel": cheap_kernel}
         self.text = _text(GhostBottleneck, inputs, outputs, **shown, **ghost)
         self.expand = GhostModule(inputs, hidden, **ghost)
         self.depthwise, self.squeeze, self.shortcut = nn.Identity(), nn.Identity(), nn.Identity()

@@ -189,7 +189,7 @@ class Problem:
 
         Raises: Infeasible; Unsolved where not even the first is found in ``time_limit`` seconds.
         """
-        limits = [replace(limit, prices=_restricted(limit.prices, values)) for limit in self.limits(budgets)]
+        limits = [replace(limit, prices=_restricted(self.prices[limit.name], values)) for limit in self.limits(budgets)]
         return diverse(values, limits, self.parents, k, overlap, time_limit=time_limit)
 
     def _changed(self, values: Options, limits: Sequence[Limit], memory: float, start: Architecture) -> Architecture:

@@ -82,16 +82,14 @@ def carry(space: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
     Raises: UserError for weights that do not fit.
     """
-    opened = [path for path, part in space.named_modules() if isinstance(part, OneOf)]
+    opened = {path: part for path, part in space.named_modules() if isinstance(part, OneOf)}
     renamed = {}
     for name, tensor in weights.items():
         outer = next((path for path in opened if name.startswith(f"{path}.")), None)
         renamed[name if outer is None else f"{outer}.{ORIGINAL}.{name.removeprefix(outer + '.')}"] = tensor
     lacking, extra = space.load_state_dict(renamed, strict=False)
-    alone = {
-        f"{path}.{option}." for path in opened for option in space.get_submodule(path).options if option != ORIGINAL
-    }  # pyright: ignore
-    lacking = [n for n in lacking if not n.endswith(".logits") and not any(n.startswith(part) for part in alone)]
+    others = tuple(f"{path}.{o}." for path, part in opened.items() for o in (*part.options, "logits") if o != ORIGINAL)
+    lacking = [name for name in lacking if not f"{name}.".startswith(others)]
     if lacking or extra:
         what = f"{lacking[0]!r} is missing" if lacking else f"the network has no {extra[0]!r}"
         raise UserError(f"the weights do not fit the network: {what}")
