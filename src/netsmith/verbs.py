@@ -502,7 +502,8 @@ class Report:
                 return f"a {kind(run)}, which has a page of its own: {run} (netsmith report {shlex.quote(str(run))})"
             if is_training(run):
                 return f"not finished: {run} (the command that began it goes on with it)"
-            verb = "compare" if (run / "shared").is_dir() else "search"
+            compressed = (run / "original.safetensors").exists()
+            verb = "compare" if (run / "shared").is_dir() else "compress" if compressed else "search"
             return f"not finished: {run} (netsmith {verb} --resume {shlex.quote(str(run))})"
 
         done = [run for run in self.runs if not unfinished(run)] or self.runs
