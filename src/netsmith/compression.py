@@ -48,7 +48,7 @@ def prepare_compression(options: CompressOptions, *, command: Sequence[str] = ()
     asked = original.asked
     if options.task is None and "task" not in asked:
         raise UserError(f"what has {options.model} learnt? --task names it")
-    shared = {field.name: getattr(options, field.name) for field in fields(BudgetOptions)}
+    shared = {field.name: getattr(options, field.name) for field in fields(BudgetOptions) if field.name != "task"}
     if options.task is None:
         data = Path(asked["data"]) if asked["data"] else None
         shared |= {"data": options.data or data, "resolution": options.resolution or asked["resolution"]}

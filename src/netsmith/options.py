@@ -35,6 +35,8 @@ RECORDED = ("format", "command", "images")
 class BudgetOptions:
     """What a network has to keep, on which device, and how it is trained."""
 
+    task: str | None = None
+    """What to learn."""
     data: Annotated[Path | None, Later] = None
     """Folder with the files of the task (default: $NETSMITH_DATA, ./data or ../shared/data)."""
     resolution: Annotated[int | None, Later] = None
