@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from netsmith.cost.budget import show
 from netsmith.errors import UserError
@@ -16,7 +16,7 @@ from netsmith.job import CARRIED
 from netsmith.options import BudgetOptions, CompressOptions, SearchOptions
 from netsmith.prepare import check, next_folder, problem_of
 from netsmith.run import Run, atomically, load_yaml
-from netsmith.ship.weights import ARCHITECTURE, load, space_of, tensors
+from netsmith.ship.weights import ARCHITECTURE, architecture_of, fit, load, space_of, tensors
 from netsmith.spaces import FROM_MODEL, open_space
 from netsmith.spaces.from_model import source
 from netsmith.spaces.networks import NETWORKS
@@ -65,7 +65,8 @@ def prepare_compression(options: CompressOptions, *, command: Sequence[str] = ()
         baselines=options.baselines,
     )
     check(search)
-    _fits(original, opened)
+    shape = {"classes": opened.classes, "channels": opened.channels, "resolution": opened.resolution}
+    fit(source(original.of, **shape), original.weights, f"the weights do not fit {original.of['space']}")
     problem = problem_of(search, command)
     run = Run.create(options.out or next_folder(search), problem)
     if not (run.path / CARRIED).exists():
@@ -84,7 +85,7 @@ def original_of(model: str, weights: Path | None, options: CompressOptions) -> O
             raise UserError(f"--weights {weights} was given, but the run {folder} has weights of its own")
         network = load(folder)
         space, given, file = space_of(folder)
-        of = {"space": space, "space_options": given, "architecture": _architecture(folder)}
+        of = {"space": space, "space_options": given, "architecture": architecture_of(folder / ARCHITECTURE)}
         return Original(of, network.state_dict(), load_yaml(file.read_text("utf-8")))
     of = {"space": model, "space_options": {}, "architecture": {}}
     if weights is not None:
@@ -145,27 +146,6 @@ def _cost(cost: Mapping[str, Any], metric: str) -> float | None:
     names = {"latency": "latency_ms", "peak_memory": "peak_memory_bytes", "file": "file_bytes"}
     found = cost.get(names.get(metric, metric))
     return found["median"] if isinstance(found, dict) else found
-
-
-def _fits(original: Original, task: Task) -> None:
-    """Raises: UserError where the weights are of another network than the one that is named."""
-    shape = {"classes": task.classes, "channels": task.channels, "resolution": task.resolution}
-    network: nn.Module = source(original.of, **shape)
-    wanted = network.state_dict()
-    for name, tensor in wanted.items():
-        if name not in original.weights:
-            raise UserError(f"the weights do not fit {original.of['space']}: {name!r} is missing")
-        if original.weights[name].shape != tensor.shape:
-            given, needed = tuple(original.weights[name].shape), tuple(tensor.shape)
-            raise UserError(f"the weights do not fit {original.of['space']}: {name!r} is {given}, not {needed}")
-    if extra := sorted(set(original.weights) - set(wanted)):
-        raise UserError(f"the weights do not fit {original.of['space']}: the network has no {extra[0]!r}")
-
-
-def _architecture(folder: Path) -> dict[str, Any]:
-    from netsmith.architecture import loads
-
-    return loads((folder / ARCHITECTURE).read_text("utf-8"))
 
 
 def _write(weights: Mapping[str, Tensor], file: Path) -> None:

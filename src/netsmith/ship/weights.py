@@ -8,6 +8,7 @@ RUN/latency-0.5x/...      the same two files for every point of a front, instead
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,12 @@ def load(folder: Path) -> nn.Module:
     if not (folder / ARCHITECTURE).is_file():
         raise _none_here(folder)
     space, options, problem = space_of(folder)
-    architecture = _architecture(folder / ARCHITECTURE)
+    architecture = architecture_of(folder / ARCHITECTURE)
     found = tensors(folder / WEIGHTS)
     network = _derived(space, options, architecture, folder / ARCHITECTURE, problem, "meta")
     if _hidden_buffers(network):  # what no file holds has to be computed, so the whole space is really built
         network = _derived(space, options, architecture, folder / ARCHITECTURE, problem, "cpu")
-    _fit(network, found, folder / WEIGHTS)
+    fit(network, found, f"{folder / WEIGHTS} does not fit {ARCHITECTURE}")
     network.load_state_dict(found, strict=True, assign=True)
     return network.eval()
 
@@ -90,7 +91,8 @@ def space_of(folder: Path) -> tuple[str, dict[str, Any], Path]:
     return space, options, found[0]
 
 
-def _architecture(file: Path) -> Architecture:
+def architecture_of(file: Path) -> Architecture:
+    """What an `architecture.json` holds. Raises: UserError naming the file."""
     try:
         return architectures.loads(file.read_text("utf-8"))
     except UnicodeDecodeError:
@@ -132,14 +134,15 @@ def _hidden_buffers(network: nn.Module) -> bool:
     return any(module._non_persistent_buffers_set for module in network.modules())
 
 
-def _fit(network: nn.Module, tensors: dict[str, Tensor], file: Path) -> None:
-    """Raises: UserError naming the first tensor that is missing, of another shape, or too many."""
+def fit(network: nn.Module, tensors: Mapping[str, Tensor], sentence: str) -> None:
+    """Raises: UserError naming the first tensor that is missing, of another shape, or too many; ``sentence`` begins
+    it."""
     wanted = network.state_dict()
     for name, tensor in wanted.items():
         if name not in tensors:
-            raise UserError(f"{file} does not fit {ARCHITECTURE}: {name!r} is missing")
+            raise UserError(f"{sentence}: {name!r} is missing")
         if tensors[name].shape != tensor.shape:
             given, needed = tuple(tensors[name].shape), tuple(tensor.shape)
-            raise UserError(f"{file} does not fit {ARCHITECTURE}: {name!r} has shape {given}, not {needed}")
+            raise UserError(f"{sentence}: {name!r} has shape {given}, not {needed}")
     if extra := sorted(set(tensors) - set(wanted)):
-        raise UserError(f"{file} does not fit {ARCHITECTURE}: the network has no {extra[0]!r}")
+        raise UserError(f"{sentence}: the network has no {extra[0]!r}")
