@@ -54,14 +54,22 @@ def writer(path: Path, code: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
 
 
-def test_several_processes_write(tmp_path: Path):
-    path = tmp_path / "t.sqlite"
-    code = "for i in range(20): table.put('cpu', {{f'{}/{{i}}': Entry(i / 100, 0, 1, 0, {{}})}})"
-    writers = [writer(path, code.format(number)) for number in range(3)]
+def test_several_processes_open_and_write_at_once(tmp_path: Path):
+    """Each opens new files at the same moment as the others: creating a table waits as writing to it does."""
+    code = (
+        "import pathlib, sys, time\n"
+        "from netsmith.cost.table import LatencyTable, Entry\n"
+        "number, start, folder = int(sys.argv[1]), float(sys.argv[2]), pathlib.Path(sys.argv[3])\n"
+        "for file in range(20):\n"
+        "    time.sleep(max(0, start + file / 10 - time.time()))\n"
+        "    for i in range(5):\n"
+        "        entry = Entry(i / 100, 0, 1, 0, {})\n"
+        "        LatencyTable(folder / f'{file}.sqlite').put('cpu', {f'{number}/{i}': entry})\n"
+    )
+    start = str(time.time() + 4)
+    writers = [subprocess.Popen([sys.executable, "-c", code, str(n), start, str(tmp_path)]) for n in range(3)]
     assert [process.wait() for process in writers] == [0, 0, 0]
-    for process in writers:
-        process.communicate()
-    assert len(LatencyTable(path).entries("cpu")) == 60
+    assert [len(LatencyTable(tmp_path / f"{file}.sqlite").entries("cpu")) for file in range(20)] == [15] * 20
 
 
 def test_a_killed_writer_leaves_whole_groups(tmp_path: Path):

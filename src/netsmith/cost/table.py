@@ -64,7 +64,6 @@ class LatencyTable:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path or cache_folder() / "latency.sqlite"
         with self._open() as database:
-            database.execute("PRAGMA journal_mode = WAL")  # readers go on while another process writes
             database.execute(
                 "CREATE TABLE IF NOT EXISTS entries (number INTEGER PRIMARY KEY, fingerprint TEXT NOT NULL,"
                 " key TEXT NOT NULL, milliseconds REAL NOT NULL, spread REAL NOT NULL, iterations INTEGER NOT NULL,"
@@ -75,11 +74,13 @@ class LatencyTable:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection of its own each time (safe across forks and threads), committed at the end, rolled back on an
-        error. UserError: the file is no such table, or cannot be written."""
+        error; another process at the file is waited for. UserError: the file is no such table, or cannot be written.
+
+        SQLite's rollback journal, not its write-ahead log: turning the log on does not wait for others, and it does
+        not work on network file systems."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with closing(sqlite3.connect(self.path, timeout=60)) as database, database:
-                database.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the last group, a kill nothing
                 yield database
         except (sqlite3.Error, OSError) as error:
             raise UserError(
