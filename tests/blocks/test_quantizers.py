@@ -119,10 +119,11 @@ def test_invariants(kind, x, bits):
 
 @given(x=NUMBERS, bits=BITS, scale=st.floats(1e-3, 1e2))
 def test_invariants_of_what_is_learned(x, bits, scale):
+    learned = torch.tensor(scale, dtype=x.dtype)
     for function, limit in [
-        (lambda v: lsq(v, torch.tensor(scale), *lsq_range(bits, signed=True)), None),
-        (lambda v: lsq(v, torch.tensor(scale), *lsq_range(bits, signed=False)), None),
-        (lambda v: pact(v, torch.tensor(scale), bits), scale),
+        (lambda v: lsq(v, learned, *lsq_range(bits, signed=True)), None),
+        (lambda v: lsq(v, learned, *lsq_range(bits, signed=False)), None),
+        (lambda v: pact(v, learned, bits), scale),
         (lambda v: dorefa_activation(v, bits), 1.0),
         (lambda v: hwgq_activation(v, min(bits, 4)), None),
     ]:
