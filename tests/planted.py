@@ -14,11 +14,14 @@ from netsmith.architecture import dumps, loads
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
 from netsmith.blocks.reparam import Branches, ConvBranch
 from netsmith.cost.budget import Budget
-from netsmith.cost.prices import Options, Prices, tabulate
+from netsmith.cost.prices import Options, Prices, tabulate_all
 from netsmith.decisions import OneOf, Width
+from netsmith.graph.channels import channels
+from netsmith.graph.slimmable import Slimmable
 from netsmith.methods import make_method
 from netsmith.run import Run
 from netsmith.search.problem import COUNTED, Problem
+from netsmith.spaces.from_model import in_either
 from netsmith.tasks.classification import Split, Task
 from netsmith.train.checkpoint import load_state
 from netsmith.train.recipe import Recipe
@@ -133,7 +136,7 @@ def priced(build: Callable[[], nn.Module], shape: tuple[int, int, int]) -> tuple
     """A space without numbers and its counted prices: making these takes longer than a small search."""
     with torch.device("meta"):
         shapes = build()
-    return shapes, {name: tabulate(shapes, price, shape) for name, price in COUNTED.items()}
+    return shapes, tabulate_all(shapes, COUNTED, shape)
 
 
 def problem_of(
@@ -186,15 +189,84 @@ def some_copies_work(good_kernel: int) -> nn.Module:
     return network
 
 
+def in_two_precisions() -> nn.Module:
+    """A network every layer of which may be in fp32 or in int8."""
+    layers = [ConvBn(1, 8, 3), ConvBn(8, 8, 3), ConvBn(8, 8, 3, groups=8), ConvBn(8, 12, 3, stride=2), Head(12, 16, 3)]
+    return in_either(nn.Sequential(*layers), (1, 8, 8))
+
+
+def one_breaks_in_int8(broken: str) -> nn.Module:
+    """A layer has large weights where its input is always zero: in int8 nothing is left of the others."""
+    layers = OrderedDict(stem=ConvBn(1, 8, 3), first=ConvBn(8, 8, 3), second=ConvBn(8, 8, 3), head=Head(8, 16, 3))
+    network = nn.Sequential(layers)
+    before = {"first": "stem", "second": "first"}[broken]
+    with torch.no_grad():
+        network.get_parameter(f"{before}.bn.weight")[0] = 0.0
+        network.get_parameter(f"{broken}.conv.weight")[:, 0] = 100.0
+    return in_either(network, (1, 8, 8))
+
+
+def cheaper_in_int8(latency: Prices) -> Prices:
+    """Prices of fp32, int8 at a third of them."""
+    options = {p: {o: ms / (3 if o == "int8" else 1) for o, ms in row.items()} for p, row in latency.options.items()}
+    return replace(latency, options=options)
+
+
+def narrowable() -> nn.Module:
+    """A network with three groups of channels, one of them what a depthwise layer passes on and a sum joins."""
+    layers = [ConvBn(1, 8, 3), Summed(ConvBn(8, 8, 3, groups=8)), ConvBn(8, 12, 3, stride=2), Head(12, 16, 3)]
+    return opened(nn.Sequential(*layers))
+
+
+class Summed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.inner(x)
+
+
+class HalfWorks(nn.Module):
+    """Channels that show the image, and channels that show its neighbour in the batch."""
+
+    def __init__(self, good_kernel: int) -> None:
+        super().__init__()
+        self.misled, self.works = ConvBn(1, 8, 8 - good_kernel), ConvBn(1, 8, good_kernel)
+        self.classifier = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(torch.cat([self.misled(x.roll(1, 0)), self.works(x)], 1).mean((2, 3)))
+
+
+def some_channels_work(good_kernel: int) -> nn.Module:
+    return opened(HalfWorks(good_kernel), most=2)
+
+
+def opened(network: nn.Module, most: int = 8) -> Slimmable:
+    with torch.device("cpu"):
+        return Slimmable(network, channels(network, (1, 8, 8)), step=4, most=most)
+
+
 BRANCHED = ("repnas",)
 """Methods that search branches and nothing else."""
 REPLACING = ("lana",)
 """Methods that replace layers of a network that is there."""
+NARROWING = ("smcp",)
+"""Methods that choose channels of a network that is there."""
+QUANTISING = ("mixed_precision",)
+"""Methods that choose between fp32 and int8."""
 
 
 def toy_for(method: str, shares: Sequence[float] = (0.3, 0.6), **given: Any) -> Problem:
     """The problem of a front that a method can search: budgets are shares of the largest network's latency, or of its
     branches."""
+    if method.split("+")[0] in QUANTISING:
+        macs = priced(in_two_precisions, stripes().input_shape)[1]["macs"]
+        prices = cheaper_in_int8(milliseconds(macs))
+        return problem_of(in_two_precisions, [0.4 + 0.5 * share for share in shares], prices=prices, **given)
+    if method in NARROWING:
+        return problem_of(narrowable, [0.4 + 0.5 * share for share in shares], **given)
     if method in REPLACING:
         return problem_of(opened_network, [0.4 + 0.5 * share for share in shares], **given)
     if method not in BRANCHED:
@@ -230,6 +302,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "repnas": {"steps": BRISK},
     "lana": {"epochs": 2, "batch_size": 16, "images": 32, "solutions": 3},
+    "smcp": {"epochs": 3, "batch_size": 16, "every": 2},
+    "mixed_precision": {"images": 32},
+    "mixed_precision+omega": {"images": 32, "harm": "omega", "draws": 5},
     "rarts+jacobi": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}, "order": "jacobi"},
     "darts+second": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}, "order": "second"},
     "proxylessnas+binary": {"steps": BRISK, "finals": {"samples": 2, "epochs": [1]}, "gradient": "binary"},

@@ -197,6 +197,7 @@ def test_a_run_that_fails_costs_no_other(torn, monkeypatch, capsys):
     assert "random" in scores(json.loads((torn / "result.json").read_text()))
 
 
+@pytest.mark.slow
 def test_best_of_runs_again_when_a_search_that_failed_before_has_ended(torn, monkeypatch):
     shutil.rmtree(torn / "fbnet-0")
     failing = lambda folder, jobs: telling("no memory") if folder.name == "fbnet-0" else here(folder, jobs)  # noqa: E731

@@ -2,17 +2,20 @@
 
 import json
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from netsmith import load
+from netsmith import load, pipeline
+from netsmith.blocks.quantized import is_int8
 from netsmith.cli import main
 from netsmith.compression import gained, prepare_compression
 from netsmith.errors import UserError
 from netsmith.options import CompressOptions
 from netsmith.run import read_events
+from netsmith.ship.export import read_metadata
 from netsmith.spaces import open_space
 from netsmith.tasks import open_task
 from netsmith.train.loop import train
@@ -25,6 +28,10 @@ from netsmith.blocks.mobile import ConvBn
 def network(classes, channels):
     layers = [ConvBn(channels, 8, 3), *(ConvBn(8, 8, 3) for _ in range(4)), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     return nn.Sequential(*layers, nn.Linear(8, classes))
+
+def wide(classes, channels):
+    layers = [ConvBn(channels, 48, 3), ConvBn(48, 48, 3, stride=2), ConvBn(48, 64, 3)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, classes))
 """
 
 
@@ -68,6 +75,50 @@ def test_from_weights_to_a_file_that_is_faster(place, monkeypatch, capsys):
     with prepare_compression(CompressOptions(model="run", out=place / "again", pool="identity")) as run:
         assert run.problem["task"] == "digits"
         assert run.problem["space_options"]["of"]["architecture"] == result["architecture"]
+
+
+def test_int8_through_a_kill_to_a_file_that_is_smaller(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    made = open_space("module:tiny_network:wide", classes=10, channels=1, resolution=8)
+    train(made, open_task("digits"), Recipe(epochs=3, batch_size=64), split="trainval")
+    save_file(made.state_dict(), "wide.safetensors")
+    given = ["--task", "digits", "--weights", "wide.safetensors", "--method", "mixed_precision", "--baselines"]
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "gate", killed)
+        command = ["compress", "module:tiny_network:wide", *given, "--budget", "file<=0.5x", "--epochs", "0"]
+        assert main([*command, "--out", "int8"]) == 130
+    capsys.readouterr()
+    assert main(["compress", "--resume", "int8", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert sum(event["kind"] == "int8_harm" for event in read_events(place / "int8")) == 4  # each layer's, once
+    original = result["reference"]["cost"]["file_bytes"]
+    assert result["cost"]["file_bytes"] == (place / "int8" / "model.onnx").stat().st_size <= 0.5 * original
+    chosen = {path for path, option in result["architecture"].items() if option == "int8"}
+    assert 0 < len(chosen) < 4  # as few as the budget asks for
+    file = onnx.load(place / "int8" / "model.onnx")
+    kept = {t.name.split(".weight")[0] for t in file.graph.initializer if t.data_type == onnx.TensorProto.INT8}
+    assert {path for path in result["architecture"] if any(name.startswith(path) for name in kept)} == chosen
+    assert json.loads(read_metadata(place / "int8" / "model.onnx")["class_names"]) == [str(i) for i in range(10)]
+    network = load(place / "int8")  # computes as the file does
+    assert {path for path, part in network.named_modules() if is_int8(part)} == chosen
+    assert abs(result["metric"]["test"] - result["metric"]["test_exported"]) < 0.01
+    assert abs(result["metric"]["test"] - result["reference"]["metric"]["test"]) < 0.02  # 8 bits, without training
+    assert result["parity_max_abs_diff"] > 0
+
+
+def test_a_pool_of_another_method_is_refused(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    weights = place / "weights.safetensors"
+    for changed, sentence in [
+        ({"method": "mixed_precision", "pool": "small"}, "is no choice between fp32 and int8"),
+        ({"method": "lana", "pool": "bits"}, "does not replace a layer"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            prepare_compression(asked(weights=weights, out=tmp_path / "run", **changed))
 
 
 def test_what_cannot_be_compressed(place, monkeypatch, tmp_path):

@@ -120,8 +120,8 @@ def test_method_options_out_of_range_are_named_before_anything_runs(method, opti
 
 
 def test_a_value_out_of_range_is_named():
-    with pytest.raises(UserError, match=r"recipe\.epochs is 0; allowed: 1 or more"):
-        checked(Recipe, {"epochs": 0}, "recipe")
+    with pytest.raises(UserError, match=r"recipe\.batch_size is 0; allowed: 1 or more"):
+        checked(Recipe, {"batch_size": 0}, "recipe")
 
 
 @pytest.mark.parametrize(

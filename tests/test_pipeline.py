@@ -218,6 +218,7 @@ def test_killed_and_resumed_ships_the_same_bits(kind, job, table, tmp_path, monk
         assert (tmp_path / "run" / file).read_bytes() == (folder / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_front_has_a_folder_a_budget(table, tmp_path):
     result = finish(tmp_path / "run", table, method="random", budget=("latency<=0.4x,0.7x",))
     has(result, SHARED | {"front": None, "kept": None})
@@ -246,7 +247,7 @@ def test_a_budget_below_the_smallest_network_is_said_before_anything_is_trained(
         pipeline.check_feasible(job, job.problem)  # does not raise
 
 
-@pytest.mark.parametrize("method", ["random", "prunet"])
+@pytest.mark.parametrize("method", ["random", pytest.param("prunet", marks=pytest.mark.slow)])
 def test_peak_memory_alone_is_a_budget(method, table, tmp_path):
     steps = {"fbnet": TINY, "prunet": TINY}
     options = {"method": method, "method_options": steps.get(method, {}), "budget": ("peak_memory<=0.8x",)}
@@ -267,6 +268,7 @@ def test_the_reference_is_trained_only_where_something_is_relative_to_it(table, 
     assert trained == {"found-0"}
 
 
+@pytest.mark.slow
 def test_the_reference_teaches_where_the_recipe_distils(table, tmp_path, monkeypatch):
     taught = {}
 

@@ -101,6 +101,7 @@ def test_bad_options_are_one_sentence(arguments, sentence, capsys, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_stopped_training_is_gone_on_with_by_the_same_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = replace(options(Path()), out=None, epochs=2)
@@ -170,6 +171,7 @@ def replicas_of(process: subprocess.Popen) -> dict[int, int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_one_of_two_replicas_is_killed_and_the_training_goes_on(tmp_path):
     """torchrun stops the other, starts both anew, and they go on from the last checkpoint (where to: test_replicas)."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from netsmith.cost.budget import show
 from netsmith.errors import UserError
 from netsmith.job import CARRIED
+from netsmith.methods import method_class
 from netsmith.options import BudgetOptions, CompressOptions, SearchOptions
 from netsmith.prepare import check, next_folder, problem_of
 from netsmith.run import Run, atomically, load_yaml
@@ -59,7 +60,10 @@ def prepare_compression(options: CompressOptions, *, command: Sequence[str] = ()
         **shared,
         task=task,
         space=FROM_MODEL,
-        space_options={"of": original.of, "pool": options.pool},
+        space_options={
+            "of": original.of,
+            "pool": options.pool or getattr(method_class(options.method), "pool", "small"),
+        },
         method=options.method,
         seed=options.seed,
         baselines=options.baselines,

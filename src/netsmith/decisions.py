@@ -264,6 +264,8 @@ def derive(model: nn.Module, architecture: Mapping[str, Option]) -> nn.Module:
             chosen = str(_chosen(path, module, architecture))
             return close(f"{path}.{chosen}".lstrip("."), module.candidate(chosen))
         owned = {name: child for name, child in module.named_children() if isinstance(child, Width)}
+        if owned and hasattr(module, "narrowed"):
+            return module.narrowed({n: _chosen(f"{path}.{n}".lstrip("."), w, architecture) for n, w in owned.items()})  # pyright: ignore[reportCallIssue]
         if owned:
             name, width = _only_width(path, module, owned)
             chosen = _chosen(f"{path}.{name}".lstrip("."), width, architecture)
@@ -293,6 +295,6 @@ def _only_width(path: str, block: nn.Module, owned: dict[str, Width]) -> tuple[s
     if len(owned) > 1 or not hasattr(block, "sliced"):
         raise UserError(
             f"{type(block).__name__} at {path!r} owns {len(owned)} widths; a block can own one, and needs a method "
-            "sliced(width) that returns the block physically that wide"
+            "sliced(width) that returns the block physically that wide, or several, and narrowed(widths)"
         )
     return next(iter(owned.items()))

@@ -23,10 +23,9 @@ from netsmith.cost.meter import measure
 from netsmith.cost.prices import Prices
 from netsmith.cost.table import Calibration, LatencyTable, TableDevice
 from netsmith.errors import UserError
-from netsmith.methods.lana import POOL
 from netsmith.options import checked
 from netsmith.run import Run
-from netsmith.search.problem import Problem
+from netsmith.search.problem import LEARNT, Problem
 from netsmith.search.promise import ENOUGH, Timer, export_untrained
 from netsmith.ship.weights import tensors
 from netsmith.spaces import FROM_MODEL, open_space
@@ -90,8 +89,8 @@ class Job:
             space = open_space(self.asked["space"], **self.asked["space_options"])
         if self.carried and torch.get_default_device().type != "meta":
             carry(space, tensors(self.run.path / CARRIED))
-            if (pool := self.run.path / POOL).exists():
-                space.load_state_dict(tensors(pool), strict=False)
+            if (learnt := self.run.path / LEARNT).exists():
+                space.load_state_dict(tensors(learnt), strict=False)
         return space
 
     @property
@@ -188,8 +187,12 @@ def threads_for(resolution: int) -> AbstractContextManager[None]:
 
 def _to_pairs(prices: Prices) -> dict:
     """JSON keeps no integer keys, and widths are integers."""
-    return {"constant": prices.constant, "options": {p: list(row.items()) for p, row in prices.options.items()}}
+    options = {path: list(row.items()) for path, row in prices.options.items()}
+    pairs = [[*ends, [[*both, price] for both, price in row.items()]] for ends, row in prices.pairs.items()]
+    return {"constant": prices.constant, "options": options, "pairs": pairs}
 
 
 def _from_pairs(data: dict) -> Prices:
-    return Prices(data["constant"], {path: dict(row) for path, row in data["options"].items()})
+    options = {path: dict(row) for path, row in data["options"].items()}
+    pairs = {(a, b): {(i, j): price for i, j, price in row} for a, b, row in data.get("pairs", ())}
+    return Prices(data["constant"], options, pairs=pairs)

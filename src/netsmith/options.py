@@ -54,7 +54,7 @@ class BudgetOptions:
     out: Annotated[Path | None, Later] = None
     """Folder of the run (default: runs/TASK-METHOD-NUMBER, runs/compare-TASK-NUMBER)."""
     epochs: Annotated[int | None, Later] = None
-    """Passes of the final training (default: by the number and size of the images)."""
+    """Passes of the final training (default: by the number and size of the images); 0, in compress alone: none."""
     search_epochs: Annotated[int | None, Later] = None
     """Passes of the training inside the search (default: the method's)."""
     method_options: dict[str, Any] = field(default_factory=dict)
@@ -100,9 +100,10 @@ class CompressOptions(BudgetOptions):
     """What it has learnt: `netsmith list tasks`, or folder:DIR (default: the run's)."""
     method: str = "lana"
     """How: `netsmith list methods`."""
-    pool: Literal["identity", "small", "full"] = "small"
-    """What may stand in place of a layer: nothing (layers are left out, which needs no training), four cheap
-    operations more, or some sixty."""
+    pool: Annotated[Literal["identity", "small", "full", "channels", "bits"] | None, Later] = None
+    """What is open: identity (layers may be left out, which needs no training), small (four cheap operations may stand
+    in their place as well), full (some sixty), channels (layers may become narrower) or bits (layers may compute in
+    int8). Default: what the method is made for."""
     seed: int = 0
     """Of everything random."""
     baselines: tuple[str, ...] = ("random",)

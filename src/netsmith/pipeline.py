@@ -16,8 +16,9 @@ from typing import Any
 from torch import nn
 
 from netsmith.architecture import loads
+from netsmith.blocks.quantized import calibrate
 from netsmith.cost.budget import Budget
-from netsmith.decisions import Architecture
+from netsmith.decisions import Architecture, derive
 from netsmith.effort import counted, effort
 from netsmith.errors import UserError
 from netsmith.job import Job, Say, threads_for
@@ -25,12 +26,12 @@ from netsmith.methods import make_method
 from netsmith.prepare import open_run
 from netsmith.run import Run, atomically
 from netsmith.search.allocate import Infeasible
-from netsmith.search.problem import Problem
+from netsmith.search.problem import Problem, taught
 from netsmith.search.promise import ENOUGH, Kept, keep
 from netsmith.search.sampling import capacity
-from netsmith.ship.export import export
+from netsmith.ship.export import calibration_images, export
 from netsmith.ship.gate import Verdict, gate
-from netsmith.ship.weights import load, save
+from netsmith.ship.weights import load, save, tensors
 from netsmith.train.loop import train
 
 
@@ -142,9 +143,13 @@ def finish(job: Job, front: list[Kept], rivals: Mapping[str, list[dict]], second
     networks = []
     for i, kept in enumerate(front):
         folder = run.path / names[i] if len(front) > 1 else run.path
-        networks.append(_shipped(job, f"found-{i}", kept.architecture, folder, problem.budgets[i], teacher))
+        own = taught(job.asked["method"], i)
+        networks.append(_shipped(job, f"found-{i}", kept.architecture, folder, problem.budgets[i], teacher, own))
     baselines = [
-        {"name": name, **_shipped(job, f"{name}-{i}", kept["architecture"], None, problem.budgets[i], teacher)}
+        {
+            "name": name,
+            **_shipped(job, f"{name}-{i}", kept["architecture"], None, problem.budgets[i], teacher, taught(name, i)),
+        }
         for name, kept_list in rivals.items()
         for i, kept in enumerate(kept_list)
     ]
@@ -189,14 +194,19 @@ def _shipped(
     folder: Path | None,
     budgets: list[Budget],
     teacher: nn.Module | None = None,
+    own: str = "",
 ) -> dict:
-    """Train, export and judge one network; with a folder, what is shipped stays there."""
+    """Train, export and judge one network; with a folder, what is shipped stays there. ``own``: the file of weights
+    that a method may have given the space for this network alone."""
     run = job.run
     recipe = job.recipe if teacher is not None else replace(job.recipe, distillation=0.0)
 
     def made() -> dict:
         started = time.perf_counter()
-        network = job.problem.network(architecture)
+        space = job.build()
+        if own and (run.path / own).exists():
+            space.load_state_dict(tensors(run.path / own), strict=False)
+        network = derive(space, architecture)
 
         def noted(epoch: dict[str, float]) -> None:
             run.event("train_epoch", which=name, **epoch)
@@ -204,7 +214,8 @@ def _shipped(
 
         seed = run.seed("train")
         checkpoint = run.checkpoint(f"train-{name}.pt")
-        if name != "reference" or not job.carried:  # which is trained already
+        calibrate(network, lambda: calibration_images(job.task))  # training goes on from there
+        if recipe.epochs and (name != "reference" or not job.carried):  # which is trained already
             train(
                 network, job.task, recipe, split="trainval", seed=seed,
                 teacher=teacher, checkpoint=checkpoint, on_epoch=noted,
@@ -272,6 +283,8 @@ def retrain(run: Run, say: Say, epochs: int | None = None) -> dict:
 
     ``epochs``: of this and any later training, in place of the recipe's.
     """
+    if epochs is not None and epochs < 1:
+        raise UserError(f"epochs is {epochs}; allowed: 1 or more")
     run.read_json("result.json")  # UserError where the search is not finished
     job = Job(run, say)
     job.open()

@@ -81,9 +81,15 @@ def check(options: SearchOptions) -> None:
         raise UserError(f"the table {options.table} does not exist")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"seed is {options.seed}; allowed: 0 to {2**32 - 1}")
-    for name, value in (("epochs", options.epochs), ("search_epochs", options.search_epochs)):
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; allowed: 1 or more")
+    trained = options.space == FROM_MODEL  # and may stay as it is
+    given = options.recipe.get("epochs")
+    for name, value, least in (
+        ("epochs", options.epochs, 0 if trained else 1),
+        ("recipe.epochs", given if isinstance(given, int) else None, 0 if trained else 1),
+        ("search_epochs", options.search_epochs, 1),
+    ):
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}; allowed: {least} or more")
 
 
 def problem_of(options: SearchOptions, command: Sequence[str] = ()) -> dict[str, Any]:

@@ -128,7 +128,7 @@ def profile(
         predicted = [prices.of(network) for network in unseen]
         error = table_error(predicted, times[len(known) :]) if unseen else None
     prices, lines = latency.prices, outline(space)
-    ends = [extreme(prices.options, lines.parents, lines.rules, largest=largest) for largest in (False, True)]
+    ends = [extreme(prices.alone, lines.parents, lines.rules, largest=largest) for largest in (False, True)]
     return {
         "space": space_name,
         "device": device.name,

@@ -14,6 +14,7 @@ from netsmith.architecture import extreme, outline
 from netsmith.blocks.mobile import ConvBn, Head, MBConv
 from netsmith.blocks.reparam import Branches
 from netsmith.cost.counts import Macs
+from netsmith.cost.fused import fused_atoms
 from netsmith.cost.imported import import_table
 from netsmith.cost.latency import SpaceLatency, calibration_networks, interpolate, leaning, profile_space, width_step
 from netsmith.cost.prices import Prices, tabulate
@@ -64,6 +65,69 @@ def test_the_layers_of_a_network_add_up_to_its_price(build, tmp_path: Path):
         for layer in named.values():
             entry = entries()[entry_key(network.get_submodule(layer.name), layer.input)]
             assert layer.predicted_ms == pytest.approx(1.1 * entry - 0.01 + 1e-4 * layer.params, rel=1e-12)
+
+
+class Loose(nn.Module):
+    """A network as others write them: norms and activations are layers of their own, and not in the order they run."""
+
+    def __init__(self, choice: nn.Module) -> None:
+        super().__init__()
+        self.act, self.conv, self.bn, self.choice, self.bn2 = (
+            nn.ReLU(),
+            nn.Conv2d(3, 8, 3),
+            nn.BatchNorm2d(8),
+            choice,
+            nn.BatchNorm2d(8),
+        )
+        self.act2, self.pool, self.fc = nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.act(self.bn(self.conv(x)))
+        return self.fc(self.pool(self.act2(self.bn2(self.choice(x)))).flatten(1))
+
+
+def test_what_folds_when_shipped_is_one_layer_and_none_is_below_zero(tmp_path: Path):
+    """Behind a fixed layer, and behind each option of a choice; a priced space and a network have the same layers."""
+    model = Loose(OneOf({"conv": nn.Conv2d(8, 8, 1), "skip": nn.Identity()}))
+    rest = [nn.BatchNorm2d(8), nn.ReLU(inplace=True)]
+    stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+    known = {
+        entry_key(stem, (3, 8, 8)): 0.9,
+        entry_key(nn.Sequential(nn.Conv2d(8, 8, 1), *rest), (8, 6, 6)): 0.5,
+        entry_key(nn.Sequential(nn.Identity(), *rest), (8, 6, 6)): 0.3,
+        entry_key(nn.AdaptiveAvgPool2d(1), (8, 6, 6)): 0.1,
+        entry_key(nn.Linear(8, 5), (8,)): 0.2,
+    }
+    latency = profile_space(model, (3, 8, 8), TableDevice("board", known), LatencyTable(tmp_path / "t.sqlite"))
+    assert latency.layers.constant == 3
+    assert latency.raw.options == {"choice": {"conv": 0.5, "skip": 0.3}}
+    latency = replace(latency, calibration=Calibration(constant=0.7, per_layer=-0.15))
+    for option, own in {"conv": 0.35, "skip": 0.15}.items():
+        by_layer = latency.by_layer({"choice": option})
+        # Of 0.75 + 0.05 - 0.05 the pool, which is shorter than what a layer saves, has none.
+        assert by_layer == pytest.approx({"conv": 0.75 * 15 / 16, "choice": own, "pool": 0.0, "fc": 0.75 / 16})
+        assert sum(by_layer.values()) == pytest.approx(latency.prices.of({"choice": option}) - 0.7)
+    network = derive(model, {"choice": "conv"})
+    found = {
+        layer.name: layer for layer in ship_layers(network, (3, 8, 8), predicted=latency.by_layer({"choice": "conv"}))
+    }
+    assert set(found) == set(by_layer)
+    assert found["conv"].text == f"{nn.Conv2d(3, 8, 3)}, BatchNorm2d, ReLU"
+    assert found["conv"].predicted_ms == pytest.approx(0.75 * 15 / 16)
+    assert sum(layer.params for layer in found.values()) == sum(p.numel() for p in network.parameters())
+
+
+def test_an_activation_that_runs_twice_belongs_to_no_layer():
+    class Twice(Loose):
+        def forward(self, x):
+            return self.act(self.bn2(self.choice(self.act(self.bn(self.conv(x))))))
+
+    model = Twice(OneOf({"conv": nn.Conv2d(8, 8, 1), "wide": nn.Conv2d(8, 8, 3, padding=1)}))
+    for unused in ("act2", "pool", "fc"):
+        delattr(model, unused)
+    found = {atom.path: [type(part) for part in atom.module.children()] for atom in fused_atoms(model, (3, 4, 4))}
+    both = [nn.Conv2d, nn.BatchNorm2d]
+    assert found == {"act": [], "conv": both, "choice.conv": both, "choice.wide": both}
 
 
 def test_branches_are_timed_as_what_they_fold_into(tmp_path: Path):

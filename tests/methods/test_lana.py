@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from netsmith.decisions import derive
 from netsmith.errors import UserError
 from netsmith.methods import check_searchable, lana, make_method
-from netsmith.methods.lana import LANA, POOL, regress, taken
-from netsmith.search.problem import LAST_RESORT
+from netsmith.methods.lana import LANA, regress, taken
+from netsmith.search.problem import LAST_RESORT, LEARNT
 from netsmith.ship.weights import tensors
 
 
@@ -65,7 +65,7 @@ def test_learning_lowers_the_error_and_leaves_the_original_alone(problem, tmp_pa
     assert errors[-1] < 0.8 * errors[0]
     assert all(torch.equal(t, before[n]) for n, t in derive(space, problem.reference).state_dict().items())
     assert all(torch.equal(t, space.state_dict()[n]) for n, t in again.state_dict().items())
-    assert {name.split(".")[1] for name in tensors(tmp_path / "run" / POOL)} == {"conv", "point"}
+    assert {name.split(".")[1] for name in tensors(tmp_path / "run" / LEARNT)} == {"conv", "point"}
 
 
 @pytest.mark.parametrize("score", ["loss", "kl"])
@@ -118,7 +118,7 @@ def test_nothing_to_learn_needs_no_training(problem, tmp_path):
     space = problem.build()
     with new_run(tmp_path / "run") as run:
         options().learn(problem, run, space, {path: ["identity"] for path in problem.reference})
-    assert not (tmp_path / "run" / POOL).exists()
+    assert not (tmp_path / "run" / LEARNT).exists()
 
 
 def test_errors_that_are_no_number_stop_it(problem, tmp_path, monkeypatch):

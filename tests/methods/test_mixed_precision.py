@@ -6,17 +6,20 @@ import statistics
 
 import pytest
 import torch
+from planted import new_run, stripes, toy_for
 from torch import nn
 from torch.nn import functional as F
 
-from netsmith.blocks.quantized import Fixed, quantized
+from netsmith.blocks.quantized import Fixed, calibrate, quantized
 from netsmith.blocks.quantizers import hwgq_activation, hwgq_weight, span, symmetric
 from netsmith.cost.bits import BitOps, Layer, layers
 from netsmith.cost.prices import Prices
 from netsmith.decisions import decisions, derive, logits
 from netsmith.errors import UserError
 from netsmith.gates import Gumbel, draw, fix, release, single_path
+from netsmith.methods import make_method
 from netsmith.methods.mixed_precision import (
+    MixedPrecision,
     action_bits,
     action_wall,
     between,
@@ -26,6 +29,7 @@ from netsmith.methods.mixed_precision import (
     penalty,
     sensitivities,
 )
+from netsmith.run import read_events
 from netsmith.search.allocate import Infeasible, Limit
 from netsmith.search.hessian import traces
 
@@ -427,3 +431,49 @@ def test_what_the_penalty_cannot_count():
             penalty(network, macs, 1.0)
     with pytest.raises(UserError, match="1 to 4 bits"):
         searched((2, 8))
+
+
+# The method that ships ----------------------------------------------------------------------------------------------
+
+
+def test_the_program_takes_the_least_harm_of_all_networks_within_the_budget(tmp_path):
+    problem = toy_for("mixed_precision", [0.3], task=stripes(64))
+    with new_run(tmp_path / "run") as run:
+        (values,) = MixedPrecision(images=32).search(problem, run)
+    assert all(row["fp32"] == 0.0 >= row["int8"] for row in values.values())
+    (budgets,) = problem.budgets
+
+    def worth(network: dict) -> float:
+        return sum(values[path][option] for path, option in network.items())
+
+    every = (dict(zip(values, options, strict=True)) for options in itertools.product(*values.values()))
+    within = [network for network in every if problem.predicted(budgets[0], network) <= budgets[0].limit]
+    assert 1 < len(within) < 2 ** len(values)
+    assert problem.allocate(values, budgets) == max(within, key=worth)
+
+
+def test_harm_is_the_divergence_of_the_network_with_that_layer_in_int8(tmp_path):
+    problem = toy_for("mixed_precision", [0.3], task=stripes(64))
+    method = MixedPrecision(images=32)
+    with new_run(tmp_path / "run") as run:
+        harms = method.harms(problem, run)
+        images, _ = method.scored(problem, run)
+    path = "1.conv"
+    made = problem.network({**problem.reference, path: "int8"}).eval()
+    calibrate(made, lambda: images)
+    with torch.no_grad():
+        ours, theirs = (n(images).double().log_softmax(1) for n in (made, problem.network(problem.reference).eval()))
+    assert harms[path] == pytest.approx(float((theirs.exp() * (theirs - ours)).sum(1).mean()), rel=1e-6)
+    assert harms[path] > 0
+
+
+def test_fewer_bits_are_simulated_and_no_more(tmp_path):
+    problem = toy_for("mixed_precision", [0.3], task=stripes(64))
+    with new_run(tmp_path / "run") as run:
+        plain = MixedPrecision(images=32).search(problem, run)
+    with new_run(tmp_path / "more") as run:
+        assert MixedPrecision(images=32, simulate=(4, 2)).search(problem, run) == plain
+    found = [event for event in read_events(tmp_path / "more") if event["kind"] == "simulated_bits"]
+    assert [event["bits"] for event in found] == [4, 2]
+    with pytest.raises(UserError, match="simulate"):
+        make_method("mixed_precision", {"simulate": [1]})

@@ -108,7 +108,9 @@ def events(made: dict[str, Any], seed: int = 0) -> Iterator[dict[str, Any]]:
     pull = {path: {o: dice.gauss(0, 0.5) for o in OPTIONS} for path in chosen}
     bounds = {f"blocks.{i}.hidden": [16, 16 * dice.randint(8, 16)] for i in range(0, len(CHANNELS), 2)}
     gone: dict[str, set[str]] = {path: set() for path in pull}
-    for epoch in range(EPOCHS):
+    if method == "lana":
+        yield from learnt(chosen, dice)
+    for epoch in range(0 if method == "lana" else EPOCHS):
         heat = 0.2 + 4.0 * (epoch / EPOCHS) ** 1.5
         shares = {}
         for path, scores in pull.items():
@@ -149,6 +151,18 @@ def events(made: dict[str, Any], seed: int = 0) -> Iterator[dict[str, Any]]:
         yield {"kind": "gate", "which": which, "kept": made.get("kept"), "sentence": f"the gate on {which}"}
     yield {"kind": "gate", "which": "capacity-0", "kept": True, "sentence": "the gate on capacity-0"}
     yield {"kind": "a_kind_of_tomorrow", "anything": [1, 2]}
+
+
+def learnt(chosen: dict[str, str], dice: random.Random) -> Iterator[dict[str, Any]]:
+    """What LANA logs: candidates that learn, the harm of each, and networks scored whole; a kill made one epoch twice."""
+    for epoch, error in ((1, 0.9), (2, 0.7), (2, 0.6), (3, 0.5)):
+        yield {"kind": "lana_epoch", "epoch": epoch, "error": error}
+    harms = {path: {o: dice.uniform(-0.05, 0.9) for o in OPTIONS[: 2 + i % 5]} for i, path in enumerate(chosen)}
+    harms["blocks.3"]["k3_e1"] = math.nan
+    yield {"kind": "lana_scores", "rows": [[path, o, h] for path, row in harms.items() for o, h in row.items()]}
+    networks = [{path: dice.choice(["original", "k3_e3"]) for path in chosen} for _ in range(20)]
+    added = [sum(harms[path][o] for path, o in n.items() if o != "original") for n in networks]
+    yield {"kind": "lana_networks", "harm": [0.3 + 0.8 * h for h in added], "networks": networks}
 
 
 def write_run(folder: Path, made: dict[str, Any], seed: int = 0) -> Path:

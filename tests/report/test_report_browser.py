@@ -47,9 +47,10 @@ DRAWN = f'[...document.querySelectorAll(".chart")].filter(chart => chart.querySe
 def test_every_chart_is_drawn_and_nothing_runs_over(
     opened: Callable[..., Any], run_folder: Callable[..., Path], width: int, scheme: str
 ) -> None:
-    page = opened(run_folder("a"), run_folder("f", made=front(1)), width=width, scheme=scheme)
+    runs = run_folder("a"), run_folder("f", made=front(1)), run_folder("l", made=result(method="lana"))
+    page = opened(*runs, width=width, scheme=scheme)
     charts = page.evaluate('document.querySelectorAll(".chart").length')
-    assert page.evaluate(DRAWN) == charts > 15
+    assert page.evaluate(DRAWN) == charts > 20
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     wide = (
         '[...document.querySelectorAll("main *")].filter(e => e.getBoundingClientRect().right > innerWidth + 1).length'

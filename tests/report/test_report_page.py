@@ -434,3 +434,49 @@ def test_a_place_that_cannot_be_written_is_one_sentence(
 def test_no_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run folder"):
         write_report([], tmp_path / "report.html")
+
+
+def test_lana_shows_what_each_replacement_harms(run_folder: Callable[..., Path], read: Callable[..., Reader]) -> None:
+    made = result(method="lana")
+    made["architecture"] |= {"blocks.0": "original", "blocks.1": "k3_e3"}
+    page = read(run_folder("lana", made=made))
+    assert "What the replacements learnt" in page.words
+    assert "No probabilities were logged" not in page.words
+    found = {figure["layout"]["yaxis"]["title"]["text"]: figure for figure in page.figures}
+    error = found["error of the layers' outputs"]["data"][0]
+    assert (error["x"], error["y"]) == ([1, 2, 3], [0.9, 0.6, 0.5])  # of an epoch that was repeated, the last
+    logged = next(event for event in events(made) if event["kind"] == "lana_scores")["rows"]
+    heat = next(f for f in page.figures if f["data"][0]["type"] == "heatmap")
+    names, paths = heat["layout"]["xaxis"]["ticktext"], list(made["architecture"])
+    cells = heat["data"][0]["z"]
+    for path, option, harm in logged:
+        drawn = cells[paths.index(path)][names.index(option)]
+        assert drawn is None if path == "blocks.3" and option == "k3_e1" else drawn == pytest.approx(harm)
+    assert sum(z is not None for row in cells for z in row) == len(logged) - 1 + len(paths)  # and the originals' 0
+    boxes = {(round(box["x0"] + 0.44), round(box["y0"] + 0.44)) for box in heat["layout"]["shapes"]}
+    assert {(names.index("original"), 0), (names.index("k3_e3"), 1)} <= boxes
+    whole, best = found["loss of the whole network"]["data"]
+    assert best["y"] == [min(whole["y"])]
+    assert all(y == pytest.approx(0.3 + 0.8 * x) for x, y in zip(whole["x"], whole["y"], strict=True))
+
+
+def test_a_baseline_that_replaces_is_not_drawn_as_the_search(
+    run_folder: Callable[..., Path], read: Callable[..., Reader]
+) -> None:
+    folder = run_folder("fbnet")
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"kind": "lana_scores", "rows": [["blocks.0", "skip", 0.5]]}) + "\n")
+    page = read(folder)
+    assert "What the replacements learnt" not in page.words
+    assert "How the search made up its mind" in page.words
+
+
+def test_the_kernel_of_a_plain_convolution_is_its_own_and_that_of_a_block_is_none(
+    run_folder: Callable[..., Path], read: Callable[..., Reader]
+) -> None:
+    made = result()
+    made["layers"][0]["text"] = "Conv2d(3, 8, kernel_size=(7, 7), stride=(2, 2)), BatchNorm2d, ReLU"
+    made["layers"][1]["text"] = "BasicBlock( (conv): Conv2d(8, 8, kernel_size=(9, 9)) )"
+    words = read(run_folder("plain", made=made)).words
+    assert "k7 s2" in words
+    assert "k9" not in words

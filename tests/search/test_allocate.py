@@ -3,7 +3,6 @@
 import itertools
 import math
 import random
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,16 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from netsmith.architecture import extreme
+from netsmith.cost.prices import Prices
 from netsmith.errors import UserError
 from netsmith.search import allocate as module
 from netsmith.search.allocate import Infeasible, Limit, Unsolved, allocate, diverse
-
-
-@dataclass(frozen=True)
-class Prices:
-    constant: float
-    options: dict
-    unit: str = ""
 
 
 def grow(generator, prefix="", depth=0):
@@ -106,6 +99,54 @@ def test_equals_brute_force_on_300_random_trees(monkeypatch, core):
         assert allocate(values, limits, parents) == found
     assert infeasible > 20
     assert nested > 100
+
+
+def test_prices_of_pairs_equal_brute_force():
+    """Layers between widths: what two options cost together, beside what each costs alone."""
+    infeasible = 0
+    for seed in range(100):
+        generator = random.Random(seed)
+        options = {f"d{i}": list(range(generator.randint(1, 4))) for i in range(generator.randint(2, 5))}
+        ends = [pair for pair in itertools.combinations(options, 2) if generator.random() < 0.5]
+        every, values, limits = everything(options, {}), numbers(generator, options), []
+        for _ in range(generator.randint(1, 2)):
+            pairs = {
+                (a, b): {both: generator.uniform(-1, 3) for both in itertools.product(options[a], options[b])}
+                for a, b in ends
+            }
+            prices = Prices(generator.uniform(-2, 2), numbers(generator, options), pairs=pairs)
+            reached = sorted(map(prices.of, every))
+            assert reached[0] == pytest.approx(
+                min(
+                    prices.constant
+                    + total(prices.options, one)
+                    + sum(row[one[a], one[b]] for (a, b), row in pairs.items())
+                    for one in every
+                )
+            )
+            limits.append(Limit(prices, reached[generator.randrange(1 + len(reached) // 2)]))
+        allowed = [one for one in every if all(limit.holds(one) for limit in limits)]
+        if not allowed:
+            infeasible += 1
+            with pytest.raises(Infeasible):
+                allocate(values, limits)
+            continue
+        found = allocate(values, limits)
+        assert found in allowed
+        assert total(values, found) == pytest.approx(max(total(values, one) for one in allowed), rel=1e-9, abs=1e-9)
+    assert 0 < infeasible < 50
+
+
+def test_prices_of_pairs_need_every_option_and_decisions_of_the_top_level():
+    values = {"a": {"x": 1.0, "y": 2.0}, "b": {"u": 0.0}}
+    whole = {("x", "u"): 1.0, ("y", "u"): 2.0}
+    prices = Prices(0.0, {"a": {"x": 0.0, "y": 0.0}, "b": {"u": 0.0}}, pairs={("a", "b"): whole})
+    assert allocate(values, [Limit(prices, 1.5)]) == {"a": "x", "b": "u"}
+    with pytest.raises(UserError, match="only decisions of the top level"):
+        allocate(values, [Limit(prices, 1.5)], {"b": ("a", "x")})
+    del whole["y", "u"]
+    with pytest.raises(UserError, match="not all options of a and b"):
+        allocate(values, [Limit(prices, 1.5)])
 
 
 @pytest.mark.parametrize("correlated", [False, True])

@@ -5,11 +5,13 @@ import torch
 from torch import nn
 
 from netsmith.architecture import check, sample
+from netsmith.blocks.quantized import is_int8
+from netsmith.blocks.reparam import Branches
 from netsmith.cost.counts import Params
 from netsmith.decisions import decisions, derive
 from netsmith.errors import UserError
 from netsmith.spaces import FROM_MODEL, open_space
-from netsmith.spaces.from_model import carry, replaceable, source
+from netsmith.spaces.from_model import carry, in_either, replaceable, source
 
 SHAPE = {"classes": 10, "channels": 3, "resolution": 32}
 
@@ -107,3 +109,37 @@ def test_a_network_without_layers_is_refused():
     of = {"space": "timm:test_vit", "space_options": {"img_size": 32}, "architecture": {}}
     with pytest.raises(UserError, match="timm:test_vit: there is no layer to replace"):
         open_space(FROM_MODEL, of=of, **SHAPE)
+
+
+# In fp32 or in int8 -------------------------------------------------------------------------------------------------
+
+
+def test_every_layer_in_either_precision_and_the_weights_are_the_same():
+    of, original = network_of("timm:resnet18")
+    space = open_space(FROM_MODEL, of=of, pool="bits", **SHAPE)
+    carry(space, original.state_dict())
+    space.eval()
+    assert len(space.reference) == 21  # twenty convolutions and the classifier
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(derive(space, space.reference)(x), original(x))
+    made = derive(space, {**space.reference, "layer1.0.conv1": "int8"})
+    assert [path for path, part in made.named_modules() if is_int8(part)] == ["layer1.0.conv1"]
+    assert torch.equal(made.layer1[0].conv1.weight, original.layer1[0].conv1.weight)
+    assert Params()(made, (3, 32, 32)) == Params()(original, (3, 32, 32))
+
+
+def test_layers_that_run_twice_or_fold_or_pad_in_their_own_way_stay_as_they_are():
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.twice, self.once = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.reflecting = nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")
+            self.folding, self.idle = Branches(4, 4), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.folding(self.reflecting(self.once(self.twice(self.twice(x)))))
+
+    assert in_either(Odd(), (4, 8, 8)).reference == {"once": "fp32"}
+    with pytest.raises(UserError, match="Sequential has no plain convolution or linear layer that runs once"):
+        in_either(nn.Sequential(nn.ReLU()), (4, 8, 8))

@@ -8,10 +8,10 @@ from torch import nn
 
 from netsmith import gates
 from netsmith.architecture import check, dumps, loads, mutate, sample
-from netsmith.cost.counts import BranchCount, FileBytes, Macs, Params
-from netsmith.cost.prices import Prices, expected, tabulate
+from netsmith.cost.prices import Prices, expected, tabulate_all
 from netsmith.decisions import Decision, decisions, derive, logits
 from netsmith.errors import UserError
+from netsmith.search.problem import COUNTED
 from netsmith.spaces import SPACES, open_space
 
 RESOLUTIONS = {"fbnet": 224, "prunet": 224, "single_path": 224, "proxylessnas": 224, "pad_nas": 224, "repvgg": 224}
@@ -37,8 +37,8 @@ def build(name: str) -> nn.Module:
 
 
 @functools.cache
-def table(name: str, cost: Params | Macs | FileBytes | BranchCount) -> Prices:
-    return tabulate(build(name), cost, shape(name))
+def tables(name: str) -> dict[str, Prices]:
+    return tabulate_all(build(name), COUNTED, shape(name))
 
 
 @every
@@ -92,15 +92,15 @@ def test_the_prices_of_the_options_add_up_to_the_derived_network(name):
     generator = torch.Generator().manual_seed(0)
     a = sample(model, generator)
     child = derive(model, a)
-    for cost in (Params(), Macs(), FileBytes(), BranchCount()):
-        assert table(name, cost).of(a) == cost(child, shape(name)), cost
+    for cost in COUNTED.values():
+        assert tables(name)[cost.name].of(a) == cost(child, shape(name)), cost
 
 
 @every
 def test_the_expectation_reaches_every_logit(name):
     model = build(name)
     # What is decided in a space of branches costs training only.
-    prices = table(name, BranchCount() if table(name, BranchCount()).of(sample(model, torch.Generator())) else Params())
+    prices = tables(name)["branches" if tables(name)["branches"].of(sample(model, torch.Generator())) else "params"]
     total = expected(model, prices)
     total.backward()
     assert prices.constant < total.item() < sum(max(row.values()) for row in prices.options.values()) + prices.constant

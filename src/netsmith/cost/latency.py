@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from netsmith.architecture import Outline, assemble, draw_rules, extreme, outline, sample
-from netsmith.blocks.cells import FREE
 from netsmith.blocks.mobile import MBConv
+from netsmith.cost.between import Between, gathered, needed, spread
 from netsmith.cost.counts import Shape, shipped
 from netsmith.cost.device import Device
+from netsmith.cost.fused import fused_atoms
 from netsmith.cost.meter import measure
-from netsmith.cost.prices import Atom, Prices, atoms
+from netsmith.cost.prices import Atom, Prices
 from netsmith.cost.table import Calibration, LatencyTable, TableDevice, entry_key
 from netsmith.decisions import Architecture, Option, derive
 
@@ -39,17 +40,26 @@ class SpaceLatency:
 
     def by_layer(self, architecture: Mapping[str, Option]) -> dict[str, float]:
         """Calibrated milliseconds of the layers of the derived network, by their names there; in all the price of the
-        network less the constant that it pays once."""
+        network less the constant that it pays once. Fixed layers share the price of the option that they belong to, or
+        what every network pays, in proportion to what each would cost: none is below zero."""
         prices, per = self.prices, replace(self.calibration, constant=0.0)
         found: dict[str, float] = {}
+        shares: dict[tuple[str, Option] | None, dict[str, float]] = defaultdict(dict)
+        for path, entry in self.fixed.items():
+            if name := name_in_network(path, architecture):
+                inside = [(p, o) for p, o in architecture.items() if path.startswith(f"{p}.{o}.")]
+                owner = max(inside, key=lambda both: len(both[0]), default=None)
+                shares[owner][name] = per.predict((entry[0], 1.0, entry[1]))
+        every = sum(shares[None].values())
+        for owner, parts in shares.items():
+            whole, positive = every if owner is None else prices.at(*owner), sum(max(0.0, ms) for ms in parts.values())
+            for name, ms in parts.items():
+                found[name] = max(0.0, whole) * max(0.0, ms) / positive if positive else 0.0
         for path, option in architecture.items():
-            if not any(part.startswith(f"{path}.{option}.") for part in self.fixed):
+            if (path, option) not in shares:
                 name = name_in_network(path, architecture)
                 layer = name.rpartition(".")[0] if isinstance(option, int) else name  # a width belongs to its block
                 found[layer] = found.get(layer, 0.0) + prices.at(path, option)
-        for path, (raw, count) in self.fixed.items():
-            if name := name_in_network(path, architecture):
-                found[name] = per.predict((raw, 1.0, count))
         return found
 
     @property
@@ -61,7 +71,11 @@ class SpaceLatency:
             path: {option: max(0.0, per.predict([part.at(path, option) for part in self._parts])) for option in row}
             for path, row in self.raw.options.items()
         }
-        return Prices(self.calibration.predict([part.constant for part in self._parts]), options, "ms")
+        pairs = {
+            ends: {both: max(0.0, per.predict([part.pairs[ends][both] for part in self._parts])) for both in row}
+            for ends, row in self.raw.pairs.items()
+        }
+        return Prices(self.calibration.predict([part.constant for part in self._parts]), options, "ms", pairs)
 
     @property
     def _parts(self) -> tuple[Prices, Prices, Prices]:
@@ -99,7 +113,10 @@ def profile_space(
     A width decision is measured at some widths; between two of them the time is interpolated linearly. Nothing else
     is ever guessed: an entry that was not measured raises MissingEntry.
     """
-    found = [atom for atom in atoms(space, input_shape) if not isinstance(atom.module, FREE)]
+    note = (lambda done, all_: progress("layers", done, all_)) if progress else None
+    if hasattr(space, "between"):
+        return _profile_between(space, input_shape, device, table, note, again)
+    found = fused_atoms(space, input_shape)
     lines = outline(space)
     if isinstance(device, TableDevice) and device.constant_ms:
         # A published table gives stem and head, which every network has, as one number.
@@ -110,7 +127,6 @@ def profile_space(
         known: Mapping[str, float] = device.get(items)
         constant = device.constant_ms
     else:
-        note = (lambda done, all_: progress("layers", done, all_)) if progress else None
         table.profile(device, items, note, again=again)
         known, constant = table.get(device.fingerprint(), items), 0.0
 
@@ -136,6 +152,42 @@ def profile_space(
         Prices(always[2], weights.options),
         fixed=fixed,
     )
+
+
+def _profile_between(
+    space: nn.Module,
+    input_shape: Shape,
+    device: Device,
+    table: LatencyTable,
+    note: Callable[[int, int], None] | None,
+    again: bool,
+) -> SpaceLatency:
+    """Of layers between two widths: all that compute are timed, at every pair of widths. Norms fold into them, and what
+    else there is takes what the calibration says."""
+    options = outline(space).options
+    between: list[Between] = space.between(input_shape)  # pyright: ignore[reportCallIssue, reportAssignmentType]
+    layers = [each for each in between if isinstance(each.layer, nn.Conv2d | nn.Linear)]
+    parts: list[dict[tuple[int, int], tuple[str, nn.Module, Shape]]] = []
+    for layer in layers:
+        made = {lengths: layer.at(*lengths) for lengths in needed(layer, options)}
+        parts.append({lengths: (entry_key(m, shape), m, shape) for lengths, (m, shape) in made.items()})
+    items = {key: (lambda m=m: materialised(m), shape) for row in parts for key, m, shape in row.values()}
+    if isinstance(device, TableDevice):
+        known: Mapping[str, float] = device.get(items)
+    else:
+        table.profile(device, items, note, again=again)
+        known = table.get(device.fingerprint(), items)
+    prices = []
+    for kind in range(3):
+
+        def values(row: Mapping, kind: int = kind) -> Callable[[int, int], float]:
+            return lambda u, v: (known[row[u, v][0]], 1.0, _weights(row[u, v][1]))[kind]
+
+        rows = [spread(layer, values(row), options) for layer, row in zip(layers, parts, strict=True)]
+        constant, alone, pairs = gathered(rows, options)
+        prices.append(Prices(constant, alone, pairs=pairs))
+    raw, counts, weights = prices
+    return SpaceLatency(replace(raw, unit="ms"), counts, weights)
 
 
 def _parts(found: list[Atom], options: Mapping[str, list[Option]]) -> list[dict[int, tuple[str, nn.Module, Shape]]]:
@@ -186,7 +238,7 @@ def calibration_networks(space: nn.Module, seed: int, count: int = 16, raw: Pric
     lines = outline(space)
     if raw is None:
         return [sample(lines, generator) for _ in range(count)]
-    ends = [extreme(raw.options, lines.parents, lines.rules, largest=largest) for largest in (False, True)]
+    ends = [extreme(raw.alone, lines.parents, lines.rules, largest=largest) for largest in (False, True)]
     rest = [sample(lines, generator) if i % 2 else leaning(lines, raw, generator) for i in range(count - 2)]
     return [*ends, *rest][:count]
 
@@ -194,7 +246,7 @@ def calibration_networks(space: nn.Module, seed: int, count: int = 16, raw: Pric
 def leaning(lines: Outline, raw: Prices, generator: torch.Generator) -> Architecture:
     """A random network that prefers cheap or dear options, as much as chance has it (up to e^4 to 1)."""
     strength = float(torch.empty(1).uniform_(-4, 4, generator=generator))
-    kept = draw_rules(lines, generator)
+    kept, alone = draw_rules(lines, generator), raw.alone
     inside: dict[tuple[str, Option], list[str]] = defaultdict(list)
     for path, owner in lines.parents.items():
         inside[owner].append(path)
@@ -202,7 +254,7 @@ def leaning(lines: Outline, raw: Prices, generator: torch.Generator) -> Architec
     @functools.cache
     def price(path: str, option: Option) -> float:
         """With what the decisions inside the option cost on average."""
-        return raw.at(path, option) + sum(fmean(price(p, o) for o in lines.options[p]) for p in inside[path, option])
+        return alone[path][option] + sum(fmean(price(p, o) for o in lines.options[p]) for p in inside[path, option])
 
     def choose(path: str, options: list[Option]) -> Option:
         ranked = sorted(kept.get(path, options), key=lambda option: price(path, option))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
+from netsmith.blocks.quantized import in_fp32
 from netsmith.cost.counts import Shape, image, shipped, to_meta
 from netsmith.errors import UserError
 
@@ -40,9 +41,11 @@ class PeakMemory:
 def peak_elements(module: nn.Module, input_shape: Shape) -> int:
     """Elements alive at the worst moment, operators in the order the module runs them.
 
+    Layers in int8 count as in fp32: how much of what lies between them is in int8, the runtime decides.
+
     Raises: UserError when the module cannot be traced (its memory is unknown, not 0).
     """
-    shaped = shipped(to_meta(module))
+    shaped = shipped(in_fp32(to_meta(module)))
     try:
         graph = fx.symbolic_trace(shaped)
         ShapeProp(graph).propagate(image(module, input_shape))

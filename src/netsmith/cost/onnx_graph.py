@@ -240,6 +240,13 @@ def _softmax(graph: _Graph, call: Call) -> None:
     graph.add("Softmax", call.arguments[:1], call.outputs[0], axis=call.arguments[1])
 
 
+def _symbolic(graph: _Graph, call: Call) -> None:
+    """A node that another domain has a meaning for, with its floating-point attributes (`cost.int8` makes such)."""
+    inputs, operator, *_ = call.arguments
+    numbers = dict(zip(call.options["attr_keys"], call.options["attr_floats"], strict=True))
+    graph.add(operator, inputs, call.outputs[0], domain=call.options["domain"], **numbers)
+
+
 def _pixel_shuffle(graph: _Graph, call: Call) -> None:
     graph.add("DepthToSpace", call.arguments[:1], call.outputs[0], blocksize=call.arguments[1], mode="CRD")
 
@@ -249,7 +256,7 @@ WRITERS: dict[str, Callable[[_Graph, Call], None]] = {
     "relu": _simple("Relu"), "sigmoid": _simple("Sigmoid"), "tanh": _simple("Tanh"),
     "hardswish": _simple("HardSwish"), "silu": _silu, "hardsigmoid": _simple("HardSigmoid", alpha=1 / 6, beta=0.5),
     "hardtanh": _clip, "clamp": _clip, "leaky_relu": _leaky_relu, "gelu": _gelu, "_softmax": _softmax,
-    "pixel_shuffle": _pixel_shuffle, "channel_shuffle": _channel_shuffle,
+    "pixel_shuffle": _pixel_shuffle, "_symbolic": _symbolic, "channel_shuffle": _channel_shuffle,
     "add": _binary("Add"), "sub": _binary("Sub"), "mul": _binary("Mul"),
     "div": _binary("Div"), "mean": _mean, "view": _reshape, "_unsafe_view": _reshape, "squeeze": _reshape,
     "unsqueeze": _reshape, "transpose": _transpose, "t": _transpose, "permute": _transpose, "cat": _concat,

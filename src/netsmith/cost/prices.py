@@ -8,32 +8,42 @@ becomes plain data, `Prices`, which the knapsack, the differentiable expectation
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
 
+from netsmith.cost.between import Between, bilinear, gathered, spread
 from netsmith.cost.counts import Shape, image, run_shapes, shipped, to_meta
-from netsmith.decisions import Decision, OneOf, Option, Width, _only_width, decisions, parents
+from netsmith.decisions import Decision, OneOf, Option, Width, _only_width, decisions, derive, parents
 from netsmith.errors import UserError
 
 Options = dict[str, dict[Option, float]]
+Pairs = dict[tuple[str, str], dict[tuple[Option, Option], float]]
+"""Two decisions -> an option of each -> a price: of a layer that reads channels of one width and makes another's."""
 Price = Callable[[nn.Module, Shape], float]
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Decision path -> option -> price, plus what every network of the space pays."""
+    """Decision path -> option -> price, plus what every network of the space pays, plus what two options cost
+    together."""
 
     constant: float
     options: Options
     unit: str = ""
+    pairs: Pairs = field(default_factory=dict)
+    """Of decisions that every network has."""
 
     def of(self, architecture: Mapping[str, Option]) -> float:
         """The price of one network. Raises: UserError naming the option that has no price."""
-        return self.constant + sum(self.at(path, option) for path, option in architecture.items())
+        alone = (self.at(path, option) for path, option in architecture.items())
+        together = (row[architecture[a], architecture[b]] for (a, b), row in self.pairs.items())
+        return math.fsum((self.constant, *alone, *together))
 
     def at(self, path: str, option: Option) -> float:
         try:
@@ -44,7 +54,19 @@ class Prices:
     def map(self, scale: float = 1.0, constant: float = 0.0) -> Prices:
         """The same prices times ``scale``, plus ``constant`` once per network."""
         options = {path: {o: scale * price for o, price in row.items()} for path, row in self.options.items()}
-        return replace(self, constant=scale * self.constant + constant, options=options)
+        pairs = {ends: {both: scale * price for both, price in row.items()} for ends, row in self.pairs.items()}
+        return replace(self, constant=scale * self.constant + constant, options=options, pairs=pairs)
+
+    @property
+    def alone(self) -> Options:
+        """What each option costs beside the dearest of every decision that it shares a price with: where prices rise
+        with widths, the cheapest of these make the cheapest network and the dearest the dearest."""
+        rows = {path: dict(row) for path, row in self.options.items()}
+        for ends, row in self.pairs.items():
+            for side, path in enumerate(ends):
+                for option in self.options[path]:
+                    rows[path][option] += max(price for both, price in row.items() if both[side] == option)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -115,6 +137,8 @@ def _walk(
         for option in module.options:
             yield from _walk(f"{path}.{option}".lstrip("."), module.candidate(option), (path, option), trained)
         return
+    if hasattr(module, "between"):  # priced layer by layer, between two widths each
+        return
     if not trained and hasattr(module, "folded"):
         yield path, shipped(to_meta(module)), owner, None
         return
@@ -141,33 +165,77 @@ def _walk(
 def tabulate(supernet: nn.Module, price: Price, input_shape: Shape) -> Prices:
     """Price every atom. ``price(module, shape)`` must be a cost that adds up over atoms; one with ``trained`` is about
     the network in training, any other about the shipped one."""
-    known: dict[tuple, float | dict[Option, float]] = {}
-    constant = 0.0
-    options: Options = {p: dict.fromkeys(d.options, 0.0) for p, d in decisions(supernet).items()}
-    for atom in atoms(supernet, input_shape, trained=getattr(price, "trained", False)):
-        widths = tuple(options[atom.width]) if atom.width is not None else ()
-        key = (*atom.signature, widths)
+    return tabulate_all(supernet, {"it": price}, input_shape)["it"]
+
+
+def tabulate_all(supernet: nn.Module, costs: Mapping[str, Price], input_shape: Shape) -> dict[str, Prices]:
+    """`tabulate` for several costs by name; to find the atoms takes longer than to price them."""
+    if hasattr(supernet, "between"):
+        return {name: _tabulate_between(supernet, price, input_shape) for name, price in costs.items()}
+    folds = any(hasattr(part, "folded") for part in supernet.modules())  # else what trains is what ships
+    found: dict[str, Prices] = {}
+    for trained in (False, True) if folds else (False,):
+        some = {n: price for n, price in costs.items() if not folds or getattr(price, "trained", False) == trained}
+        found |= _tabulate(supernet, some, atoms(supernet, input_shape, trained=trained)) if some else {}
+    return {name: found[name] for name in costs}
+
+
+def _tabulate(supernet: nn.Module, costs: Mapping[str, Price], found: list[Atom]) -> dict[str, Prices]:
+    known: dict[tuple, dict[str, float | dict[Option, float]]] = {}
+    widths = {path: tuple(decision.options) for path, decision in decisions(supernet).items()}
+    tables = {
+        name: Prices(0.0, {path: dict.fromkeys(row, 0.0) for path, row in widths.items()}, getattr(price, "unit", ""))
+        for name, price in costs.items()
+    }
+    constant = dict.fromkeys(costs, 0.0)
+    for atom in found:
+        open_ = widths[atom.width] if atom.width is not None else ()
+        key = (*atom.signature, open_)
         if key not in known:
-            known[key] = _along(price, atom, widths) if widths else price(atom.module, atom.shape)
-        found = known[key]
-        if isinstance(found, dict):
-            assert atom.width is not None
-            options[atom.width] = dict(found)
-        elif atom.owner is None:
-            constant += found
-        else:
-            path, option = atom.owner
-            options[path][option] += found
-    return Prices(constant, options, getattr(price, "unit", ""))
+            known[key] = _priced(costs, atom, open_)
+        for name, price in known[key].items():
+            options = tables[name].options
+            if isinstance(price, dict):
+                assert atom.width is not None
+                options[atom.width] = dict(price)
+            elif atom.owner is None:
+                constant[name] += price
+            else:
+                path, option = atom.owner
+                options[path][option] += price
+    return {name: replace(table, constant=constant[name]) for name, table in tables.items()}
 
 
-def _along(price: Price, atom: Atom, widths: tuple[Option, ...]) -> dict[Option, float]:
+def _priced(
+    costs: Mapping[str, Price], atom: Atom, widths: tuple[Option, ...]
+) -> dict[str, float | dict[Option, float]]:
+    """By cost: the price of an atom, or where it has an open width the price at each."""
+    if not widths:
+        return {name: price(atom.module, atom.shape) for name, price in costs.items()}
+    at = functools.cache(atom.at)
+    return {name: _along(price, lambda n, p=price: p(at(n), atom.shape), widths) for name, price in costs.items()}
+
+
+def _tabulate_between(space: nn.Module, price: Price, input_shape: Shape) -> Prices:
+    """What is in no layer, as a product of two activations, costs what it costs at full width."""
+    options = {path: list(decision.options) for path, decision in decisions(space).items()}
+    rows = []
+    for layer in space.between(input_shape):  # pyright: ignore[reportCallIssue]
+
+        def at(u: int, v: int, layer: Between = layer) -> float:
+            return price(*layer.at(u, v))
+
+        rows.append(spread(layer, bilinear(layer, at, options) if getattr(price, "counted", False) else at, options))
+    constant, alone, pairs = gathered(rows, options)
+    prices = Prices(constant, alone, getattr(price, "unit", ""), pairs)
+    whole = {path: max(row) for path, row in options.items()}
+    rest = price(derive(space, whole), input_shape) - prices.of(whole)
+    return replace(prices, constant=constant + rest)
+
+
+def _along(price: Price, at: Callable[[Option], float], widths: tuple[Option, ...]) -> dict[Option, float]:
     """The price at every width. A count is a polynomial in the one width that varies, of degree 2 at most: three
     priced widths determine it, and a fourth catches prices that are none."""
-
-    def at(width: Option) -> float:
-        return price(atom.at(width), atom.shape)
-
     if getattr(price, "counted", False) and len(widths) > 4:
         nodes = [int(widths[i]) for i in (0, len(widths) // 2, -1)]
         values = [Fraction(at(n)) for n in nodes]
@@ -192,10 +260,11 @@ def expected(supernet: nn.Module, prices: Prices, *, drawn: bool = False) -> Ten
     """The expected price over the architecture distribution, differentiable in the logits.
 
     E = constant + sum over decisions of P(reached) * sum_i p_i price_i, with p the softmax of the logits, or, with
-    ``drawn``, the weights drawn for this pass (FBNet's LAT(a) = sum m_i LAT_i).
+    ``drawn``, the weights drawn for this pass (FBNet's LAT(a) = sum m_i LAT_i); plus sum_ij p_i q_j price_ij of pairs.
     """
     outer = parents(supernet)
     weight: dict[tuple[str, Option], Tensor] = {}
+    chances: dict[str, tuple[list[Option], Tensor]] = {}
     total = torch.tensor(prices.constant, dtype=torch.float64)
     for path, decision in decisions(supernet).items():
         reached = weight.get(outer[path]) if path in outer else torch.tensor(1.0)
@@ -207,7 +276,11 @@ def expected(supernet: nn.Module, prices: Prices, *, drawn: bool = False) -> Ten
             indices, probabilities = range(len(decision.options)), decision.logits.softmax(0)
         options = [decision.options[i] for i in indices]
         reaching = reached.to(probabilities) * probabilities
+        chances[path] = options, reaching
         total = total.to(reaching) + reaching @ reaching.new_tensor([prices.at(path, option) for option in options])
         if isinstance(decision, OneOf):
             weight.update({(path, option): p for option, p in zip(options, reaching, strict=True)})
+    for ends, row in prices.pairs.items():
+        (firsts, p), (seconds, q) = (chances[path] for path in ends)
+        total = total + p @ p.new_tensor([[row[i, j] for j in seconds] for i in firsts]) @ q
     return total

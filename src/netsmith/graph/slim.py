@@ -38,7 +38,7 @@ def slim(network: nn.Module, groups: Mapping[str, Group], keep: Mapping[str, Ten
         cut[tensor][dim] = stays.nonzero().squeeze(1)
     for tensor, dims in cut.items():
         owner, _, name = tensor.rpartition(".")
-        _cut(slimmed.get_submodule(owner), name, dims)
+        shorten(slimmed.get_submodule(owner), name, dims)
     return slimmed
 
 
@@ -83,7 +83,9 @@ def _failure(
     return "" if before.shape == after.shape else f"without some of them the output is {tuple(after.shape)}"
 
 
-def _cut(owner: nn.Module, name: str, dims: Mapping[int, Tensor]) -> None:
+def shorten(owner: nn.Module, name: str, dims: Mapping[int, Tensor]) -> None:
+    """Keep only some places along dimensions of a tensor of a layer, which is changed: ``dims`` is dimension ->
+    indices. Its attributes that count channels follow."""
     tensor = getattr(owner, name)
     with torch.no_grad():
         smaller = tensor

@@ -24,6 +24,8 @@ METHODS = {
     "pad_nas": "netsmith.methods.pad_nas:PADNAS",
     "repnas": "netsmith.methods.repnas:RepNAS",
     "lana": "netsmith.methods.lana:LANA",
+    "smcp": "netsmith.methods.smcp:SMCP",
+    "mixed_precision": "netsmith.methods.mixed_precision:MixedPrecision",
 }
 """Name -> where its dataclass is; the fields are the method's options."""
 

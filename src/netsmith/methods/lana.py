@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -26,12 +26,10 @@ from netsmith.cost.prices import Options
 from netsmith.decisions import Architecture, Decision, Draw, OneOf, Option, decisions
 from netsmith.errors import UserError
 from netsmith.run import Run, atomically
-from netsmith.search.problem import LAST_RESORT, Problem, prefer
+from netsmith.search.problem import LAST_RESORT, LEARNT, Problem, prefer
 from netsmith.spaces.from_model import ORIGINAL
 from netsmith.train.checkpoint import load_state, save_state
 
-POOL = "pool.safetensors"
-"""In the folder of a run: the weights of all candidates, after they have learnt."""
 BATCH = 128
 """Images at a time while scoring."""
 
@@ -46,6 +44,8 @@ class LANA:
     """Images a step of these."""
     learning_rate: PositiveFloat = 3e-3
     """Of Adam, falling along a cosine (ours)."""
+    pool: ClassVar = "small"
+    """Of `netsmith compress`, where none is asked for."""
     score: Literal["loss", "kl"] = "loss"
     """What a replacement costs: the rise of the loss, or the divergence from the original's answers (Puzzle's)."""
     images: PositiveInt = 2000
@@ -83,7 +83,7 @@ class LANA:
     # Phase 1: every candidate learns the layer in its place -------------------------------------------------------
 
     def learn(self, problem: Problem, run: Run, space: nn.Module, pool: dict[str, list[Option]]) -> None:
-        """Train all candidates on what the original's layers receive and return; they end up in `POOL` and in
+        """Train all candidates on what the original's layers receive and return; they end up in `LEARNT` and in
         ``space``."""
         layers, checkpoint = _layers(space), run.checkpoint("lana-pool.pt")
         places = [(path, option, layers[path].candidate(str(option))) for path in pool for option in pool[path]]
@@ -114,13 +114,13 @@ class LANA:
                 for path, option, part in places
                 for name, tensor in part.state_dict(prefix=f"{path}.{option}.").items()
             }
-            with atomically(run.path / POOL) as temporary:
+            with atomically(run.path / LEARNT) as temporary:
                 temporary.write_bytes(serialised(found))
             return epoch
 
         run.once("lana-pool", learnt)
         checkpoint.unlink(missing_ok=True)
-        space.load_state_dict(load_file(run.path / POOL), strict=False)
+        space.load_state_dict(load_file(run.path / LEARNT), strict=False)
 
     def _learn_epoch(
         self,

@@ -13,7 +13,16 @@ from netsmith.report.numbers import count, milliseconds, number, short
 TALL, WIDE = 84, 74
 """Pixels of the highest resolution and of the most channels."""
 
-SHORT = {"kernel": "k", "stride": "s", "hidden": "h", "groups": "g", "dilation": "d", "bits": "b", "expansion": "e"}
+SHORT = {
+    "kernel": "k",
+    "kernel_size": "k",
+    "stride": "s",
+    "hidden": "h",
+    "groups": "g",
+    "dilation": "d",
+    "bits": "b",
+    "expansion": "e",
+}
 
 
 @dataclass(frozen=True)
@@ -60,9 +69,13 @@ def label(layer: dict[str, Any]) -> str:
     >>> label({"text": "MBConv(16, 24, kernel=3, hidden=48, stride=2)"})
     'k3 h48 s2'
     """
-    options = re.findall(r"(\w+)=([\w.]+)", str(layer.get("text") or ""))
+    text = str(layer.get("text") or "")
+    if re.match(r"\w+\(\s*\(", text):  # a block that prints its layers: their options are not its own
+        return ""
+    options = re.findall(r"(\w+)=\(?([\w.]+)", text)  # (3, 3): a kernel as torch prints it
     known = {name: value for name, value in options if name in SHORT}
-    return " ".join(f"{SHORT[n]}{v}" for n, v in known.items() if (n, v) not in {("stride", "1"), ("groups", "1")})
+    usual = {("stride", "1"), ("groups", "1"), ("dilation", "1")}
+    return " ".join(f"{SHORT[n]}{v}" for n, v in known.items() if (n, v) not in usual)
 
 
 def _shape(shape: Any) -> tuple[float, float, float]:

@@ -102,7 +102,7 @@ def losses(searches: Sequence[tuple[str, list[Event]]]) -> Figure | None:
     traces = []
     for name, epochs in searches:
         ahead = f"{plain(name, 40)} " if len(searches) > 1 else ""
-        traces += _curves(epochs, {"train_loss": f"{ahead}train", "search_loss": f"{ahead}search"}, "epoch")
+        traces += curves(epochs, {"train_loss": f"{ahead}train", "search_loss": f"{ahead}search"}, "epoch")
     traces = [trace | _look(index) for index, trace in enumerate(traces)]
     if not traces:
         return None
@@ -113,11 +113,11 @@ def losses(searches: Sequence[tuple[str, list[Event]]]) -> Figure | None:
 def expected(epochs: list[Event]) -> Figure | None:
     """The latency the search expects of what it would pick, against its target."""
     epochs = [e | {"latency": number(pick(e, "expected", "latency"))} for e in epochs]
-    traces = _curves(epochs, {"latency": "expected"}, "epoch")
+    traces = curves(epochs, {"latency": "expected"}, "epoch")
     if not traces:
         return None
     goals = [e | {"target": number(pick(e, "target", "latency") or e.get("target"))} for e in epochs]
-    targets = _curves(goals, {"target": "target"}, "epoch")
+    targets = curves(goals, {"target": "target"}, "epoch")
     factor, unit = clock(v for trace in traces + targets for v in trace["y"])
     said = " to ".join(milliseconds(v) for v in (_first(traces[0]["y"]), _first(traces[0]["y"][::-1])))
     goal = f" Target: {milliseconds(_first(targets[0]['y'][::-1]))}." if targets else ""
@@ -207,7 +207,7 @@ def training(epochs: list[Event], key: str, metric: str = "accuracy") -> Figure 
     traces = []
     for index, name in enumerate(names):
         mine = [e for e in epochs if str(e.get("which", "found")) == name]
-        traces += [t | _look(index) for t in _curves(mine, {key: plain(name, 40)}, "epoch")]
+        traces += [t | _look(index) for t in curves(mine, {key: plain(name, 40)}, "epoch")]
     if not traces:
         return None
     known = [v for trace in traces for v in trace["y"] if v is not None]
@@ -222,7 +222,7 @@ def training(epochs: list[Event], key: str, metric: str = "accuracy") -> Figure 
     return Figure(f"{title} over training epochs; at the end: {', '.join(ends)}.", traces, axes)
 
 
-def _curves(epochs: list[Event], keys: dict[str, str], x: str) -> list[dict[str, Any]]:
+def curves(epochs: list[Event], keys: dict[str, str], x: str) -> list[dict[str, Any]]:
     """A line per key over the epochs that hold it; a gap where one was not a number."""
     epochs = sorted((e for e in epochs if number(e.get(x)) is not None), key=lambda e: e[x])
     traces = []

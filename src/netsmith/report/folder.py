@@ -20,8 +20,14 @@ KEYS = {
     "train_epoch": ("which", "epoch"),
     "promise_round": ("name", "metric", "limit", "round"),
     "gate": ("which",),
+    "lana_epoch": ("epoch",),
+    "lana_scores": (),
+    "lana_networks": ("networks",),
 }
 """Kinds of events the page draws, and what makes two of them the same event: a resumed run repeats some."""
+
+OF_THE_SEARCH = ("search_epoch", "removed", "lana_epoch", "lana_scores", "lana_networks")
+"""Kinds that a baseline logs as well, and under no name of its own."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,17 @@ class Folder:
     @property
     def command(self) -> str:
         """The command line that problem.yaml records, or nothing."""
+        command = self.asked("command")
+        return shlex.join(map(str, command)) if isinstance(command, list) else str(command or "")
+
+    def asked(self, *keys: str) -> Any:
+        """What problem.yaml holds under the nested keys, or None."""
         import yaml
 
         try:
-            command = pick(yaml.safe_load(self.problem or ""), "command")
+            return pick(yaml.safe_load(self.problem or ""), *keys)
         except yaml.YAMLError:  # the text is shown as it is, whatever it is
-            return ""
-        return shlex.join(map(str, command)) if isinstance(command, list) else str(command or "")
+            return None
 
 
 def read(path: Path, label: str | None = None) -> Folder:
@@ -132,7 +142,7 @@ def _events(path: Path, method: str) -> dict[str, list[dict[str, Any]]]:
         kind = event.get("kind")
         if not isinstance(kind, str) or kind not in kinds or not _own(event, method):
             continue
-        if kind in ("search_epoch", "removed") and rounds and i > rounds[-1]:
+        if kind in OF_THE_SEARCH and rounds and i > rounds[-1]:
             continue  # a baseline's: the method had searched before its last round
         if kind == "train_epoch" and event.get("epoch") == 1:  # trained anew, perhaps for fewer epochs
             which = event.get("which")

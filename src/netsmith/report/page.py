@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from netsmith.errors import UserError
-from netsmith.report import drawing, figures, heat, numbers
+from netsmith.report import drawing, figures, harms, heat, numbers
 from netsmith.report.folder import Folder, Search, read
 from netsmith.report.networks import (
     Network,
@@ -189,7 +189,10 @@ def _section(folder: Folder, gallery: Gallery) -> dict[str, Any]:
     rounds, limited = _rounds(folder), budgeted(folder.result)
     return {
         "folder": folder,
-        "facts": {key: pick(folder.result, key) for key in ("method", "space", "task", "seed")},
+        "facts": {
+            **{key: pick(folder.result, key) for key in ("method", "space", "task", "seed")},
+            "made of": folder.asked("space_options", "of", "space"),
+        },
         "searches": [_search(search, members, gallery) for search in learned],
         "losses": gallery.hang(figures.losses([(search.name, search.epochs) for search in searches])),
         "expected": [
@@ -197,6 +200,7 @@ def _section(folder: Folder, gallery: Gallery) -> dict[str, Any]:
             for search in learned
             if (figure := figures.expected(search.epochs))
         ],
+        "replaced": _replaced(folder, gallery),
         "members": [_member(member, kinds, gallery) for member in members],
         "several": len(members) > 1,
         "rounds": [
@@ -211,6 +215,20 @@ def _section(folder: Folder, gallery: Gallery) -> dict[str, Any]:
         "gates": folder.events["gate"],
         "versions": pick(folder.result, "device", "versions"),
         "command": folder.command,
+    }
+
+
+def _replaced(folder: Folder, gallery: Gallery) -> dict[str, Any] | None:
+    """What LANA learnt, where the run's method is that."""
+    epochs, scores, networks = (folder.events[f"lana_{kind}"] for kind in ("epoch", "scores", "networks"))
+    if not scores:
+        return None
+    score = {"kl": "divergence"}.get(str(folder.asked("method_options", "score")), "loss")
+    return {
+        "score": score,
+        "learning": gallery.hang(harms.learning(epochs)),
+        "together": gallery.hang(harms.together(networks, scores, folder.found, score)),
+        "harms": gallery.hang(harms.replacements(scores, folder.found)),
     }
 
 

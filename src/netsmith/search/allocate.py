@@ -2,11 +2,14 @@
 
     maximise    sum of values of the chosen options
     such that   every active decision chooses one option; a nested decision is active if its outer option is chosen;
-                for each limit: constant + sum of prices of the chosen options <= at_most
+                for each limit: constant + sum of prices of the chosen options (and of pairs of them) <= at_most
 
 solved by HiGHS through `scipy.optimize.milp` and checked afterwards. With thousands of options most of them can be left
 out: the linear relaxation bounds from above what any solution with a given option is worth (Lagrangian bound), and an
 option whose bound is below a solution that is already known cannot be in the best one.
+
+What two options cost together, as a layer between two widths does, is a column of its own: for options i and j of two
+decisions z_ij = x_i x_j, stated as sum_j z_ij = x_i and sum_i z_ij = x_j, which is exact where the x are whole.
 """
 
 from __future__ import annotations
@@ -15,12 +18,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Protocol
+from itertools import chain, product
+from typing import Any
 
 from netsmith.architecture import extreme
 from netsmith.cost.budget import TOLERANCE, show
-from netsmith.cost.prices import Prices as Counts
+from netsmith.cost.prices import Prices
 from netsmith.decisions import Rule
 from netsmith.errors import UserError
 
@@ -34,15 +37,6 @@ Parents = Mapping[str, tuple[str, Option]]
 _CORE = 2  # options a decision, on average, that the first attempt looks at
 
 
-class Prices(Protocol):
-    """What `netsmith.cost.prices.Prices` is."""
-
-    @property
-    def constant(self) -> float: ...
-    @property
-    def options(self) -> Options: ...
-
-
 @dataclass(frozen=True)
 class Limit:
     """at_least <= constant + prices of the chosen options <= at_most, in the unit of the prices."""
@@ -54,7 +48,7 @@ class Limit:
     """What is limited, for messages."""
 
     def price(self, architecture: Mapping[str, Option]) -> float:
-        return _total(self.prices.options, architecture) + self.prices.constant
+        return self.prices.of(architecture)
 
     def holds(self, architecture: Mapping[str, Option]) -> bool:
         return self.low - self.slack <= self.price(architecture) <= self.at_most + self.slack
@@ -157,13 +151,13 @@ def _solve(
     counts = [_counted(rule, values) for rule in rules]
 
     def end(limit: Limit, largest: bool) -> float:
-        options = limit.prices.options
-        return limit.prices.constant + _total(options, extreme(options, parents, rules, largest=largest))
+        return limit.price(extreme(limit.prices.alone, parents, rules, largest=largest))
 
     reachable = [(end(limit, False), end(limit, True)) for limit in limits]
     infeasible = _infeasible(limits, reachable, len(cuts))
     for limit, (small, large) in zip(limits, reachable, strict=True):
-        if small > limit.at_most + limit.slack or large < limit.low - limit.slack:
+        unreachable = small > limit.at_most + limit.slack or large < limit.low - limit.slack
+        if unreachable and not limit.prices.pairs:  # with pairs the ends are exact only where prices rise with widths
             raise infeasible
     if not values:
         return {}
@@ -193,37 +187,54 @@ def _counted(rule: Rule, values: Options) -> Limit:
     if not rule.can_hold(values):
         raise Infeasible(f"no network is within budget: the options that are left cannot keep the rule that {rule}")
     count = {p: {o: float(p in rule.paths and o != rule.idle) for o in row} for p, row in values.items()}
-    return Limit(Counts(0.0, count), rule.at_most, rule.at_least, "rule")
+    return Limit(Prices(0.0, count), rule.at_most, rule.at_least, "rule")
 
 
 class _Program:
-    """The integer program: one column per option, x = 1 where it is chosen. Minimised, as scipy does."""
+    """The integer program: one column per option, x = 1 where it is chosen, then one per pair of options that have a
+    price together. Minimised, as scipy does."""
 
     def __init__(self, values: Options, limits: Sequence[Limit], parents: Parents, cuts: Sequence[Cut]):
         import numpy as np
         from scipy.sparse import csr_array
 
         self.columns = [(path, option) for path, row in values.items() for option in row]
-        at = {column: index for index, column in enumerate(self.columns)}
+        at: dict[Any, int] = {column: index for index, column in enumerate(self.columns)}
+        paired = dict.fromkeys(ends for limit in limits for ends in limit.prices.pairs)
+        for a, b in paired:
+            at |= {((a, i), (b, j)): len(at) + n for n, (i, j) in enumerate(product(values[a], values[b]))}
+        self.width = len(at)
 
         def matrix(rows: list[dict[int, float]]) -> Any:
             entries = [(i, j, entry) for i, row in enumerate(rows) for j, entry in row.items()]
             i, j, data = zip(*entries, strict=True) if entries else ((), (), ())
-            return csr_array((np.array(data, float), (np.array(i, int), np.array(j, int))), (len(rows), len(at)))
+            return csr_array((np.array(data, float), (np.array(i, int), np.array(j, int))), (len(rows), self.width))
 
         # The solver's tolerances are absolute (1e-6): large numbers make them small beside our own.
-        cost = -np.array([values[path][option] for path, option in self.columns], float)
+        cost = np.zeros(self.width)
+        cost[: len(self.columns)] = [-values[path][option] for path, option in self.columns]
         self.cost = cost * (1e4 / (np.abs(cost).max(initial=0.0) or 1.0))
+        self.whole = np.arange(self.width) < len(self.columns)
         choose = [{at[path, option]: 1.0 for option in row} for path, row in values.items()]
         for path, row in zip(values, choose, strict=True):
             if path in parents:
                 row[at[parents[path]]] = -1.0
+        one = [0.0 if path in parents else 1.0 for path in values]
+        for a, b in paired:
+            firsts, seconds = [(a, i) for i in values[a]], [(b, j) for j in values[b]]
+            choose += [{at[i]: -1.0, **{at[i, j]: 1.0 for j in seconds}} for i in firsts]
+            choose += [{at[j]: -1.0, **{at[i, j]: 1.0 for i in firsts}} for j in seconds]
         self.equal: Any = matrix(choose)
-        self.one: Any = np.array([0.0 if path in parents else 1.0 for path in values])
+        self.one: Any = np.array(one + [0.0] * (len(choose) - len(one)))
         below: list[dict[int, float]] = []
         bound: list[float] = []
         for limit in limits:
-            prices = [limit.prices.options[path][option] for path, option in self.columns]
+            prices = [limit.prices.options[path][option] for path, option in self.columns] + [0.0] * (
+                self.width - len(self.columns)
+            )
+            for (a, b), row in limit.prices.pairs.items():
+                for (i, j), price in row.items():
+                    prices[at[(a, i), (b, j)]] = price
             scale = 1e4 / (max(map(abs, prices), default=0.0) or 1.0)
             for sign, end in ((1.0, limit.at_most), (-1.0, limit.low)):
                 if math.isfinite(end):
@@ -240,8 +251,8 @@ class _Program:
         """The best architecture, None if there is none."""
         import numpy as np
 
-        everything = np.ones(len(self.columns), bool)
-        if len(self.columns) <= 2 * _CORE * len(self.one):
+        everything = np.ones(self.width, bool)
+        if self.width > len(self.columns) or self.width <= 2 * _CORE * len(self.one):
             found = self._milp(everything, deadline, gap)
             return None if found is None else found[1]
         relaxed = self._relaxed(deadline)
@@ -270,7 +281,7 @@ class _Program:
         options = {"time_limit": max(deadline - time.monotonic(), 0.01), "mip_rel_gap": gap}
         found = milp(
             self.cost[index],
-            integrality=np.ones(len(index)),
+            integrality=self.whole[index],
             bounds=Bounds(0, 1),
             constraints=constraints,
             options=options,
@@ -279,7 +290,7 @@ class _Program:
             return None
         if found.x is None:
             raise _unsolved(found)
-        chosen = index[found.x > 0.5]
+        chosen = index[(found.x > 0.5) & self.whole[index]]
         architecture = dict(self.columns[j] for j in chosen)
         if len(architecture) < len(chosen):
             raise Unsolved("the solver failed on the knapsack: its answer chooses two options of one decision")
@@ -314,7 +325,7 @@ class _Program:
 def _infeasible(limits: Sequence[Limit], reachable: Sequence[tuple[float, float]], cuts: int) -> Infeasible:
     wrong = []
     for limit, (small, large) in zip(limits, reachable, strict=True):
-        unit = getattr(limit.prices, "unit", "")
+        unit = limit.prices.unit
         if small > limit.at_most + limit.slack:
             wrong.append(f"{limit.name} <= {show(limit.at_most, unit)}: the smallest network needs {show(small, unit)}")
         elif large < limit.low - limit.slack:
@@ -323,7 +334,7 @@ def _infeasible(limits: Sequence[Limit], reachable: Sequence[tuple[float, float]
         alone = ", ".join(
             f"{limit.name} from {show(small, unit)}"
             for limit, (small, _) in zip(limits, reachable, strict=True)
-            for unit in [getattr(limit.prices, "unit", "")]
+            for unit in [limit.prices.unit]
         )
         wrong.append(
             "the limits cannot be kept all at once"
@@ -356,6 +367,14 @@ def _check(values: Options, limits: Sequence[Limit], parents: Parents, cuts: Seq
         _same(limit.prices.options, values, "no value")
         for path, row in limit.prices.options.items():
             _finite(limit.name, path, row)
+        for ends, pairs in limit.prices.pairs.items():
+            if any(path in parents or path not in values for path in ends):
+                raise UserError(
+                    f"{' and '.join(ends)} have a {limit.name} together: only decisions of the top level can"
+                )
+            if set(pairs) != set(product(values[ends[0]], values[ends[1]])):
+                raise UserError(f"not all options of {' and '.join(ends)} have a {limit.name} together, or too many")
+            _finite(limit.name, " and ".join(ends), pairs)
         if not math.isfinite(limit.prices.constant) or math.isnan(limit.at_most):
             raise UserError(
                 f"the limit of {limit.name} is no number: {limit.at_most}, constant {limit.prices.constant}"
@@ -399,7 +418,3 @@ def _verify(architecture: Architecture, values: Options, parents: Parents, cuts:
 
 def _chosen(architecture: Architecture, choice: tuple[str, Option]) -> bool:
     return choice[0] in architecture and architecture[choice[0]] == choice[1]
-
-
-def _total(numbers: Options, architecture: Mapping[str, Option]) -> float:
-    return math.fsum(numbers[path][option] for path, option in architecture.items())

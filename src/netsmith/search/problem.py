@@ -13,23 +13,31 @@ import torch
 from torch import nn
 
 from netsmith.architecture import Outline, extreme, mutate, outline
+from netsmith.cost.bits import QuantizedFileBytes
 from netsmith.cost.budget import Budget, show
-from netsmith.cost.counts import BranchCount, FileBytes, Macs, Params, Shape
+from netsmith.cost.counts import BranchCount, Macs, Params, Shape
 from netsmith.cost.memory import PeakMemory
-from netsmith.cost.prices import Atom, Options, Prices, atoms, tabulate
+from netsmith.cost.prices import Atom, Options, Prices, atoms, tabulate, tabulate_all
 from netsmith.decisions import Architecture, OneOf, Option, decisions, derive
 from netsmith.search.allocate import Infeasible, Limit, Unsolved, allocate, diverse
 from netsmith.tasks.classification import Task
 from netsmith.train.recipe import Recipe
 
-COUNTED = {"params": Params(), "macs": Macs(), "file": FileBytes(), "branches": BranchCount()}
+COUNTED = {"params": Params(), "macs": Macs(), "file": QuantizedFileBytes(), "branches": BranchCount()}
 """Costs that add up over layers and need no device."""
+LEARNT = "learnt.safetensors"
+"""In the folder of a run: weights that a method has taught the space, which every network made of it then has."""
 FILL = 0.95
 """The share of a limit that the networks of a search use, where any network can."""
 LAST_RESORT = -1e9
 """Added to an option's value, it is taken only where no network keeps the budgets without it."""
 CUTS, CHANGES = 30, 300
 """How long a network within peak memory is looked for: most valuable networks, then changes of the best of them."""
+
+
+def taught(method: str, number: int) -> str:
+    """In the folder of a run: weights that a method has given the space for its network number so and so alone."""
+    return f"{method}-{number}.safetensors"
 
 
 @dataclass
@@ -72,8 +80,7 @@ class Problem:
     @cached_property
     def prices(self) -> dict[str, Prices]:
         """Prices of every cost that adds up."""
-        counted = {name: tabulate(self.shapes, price, self.input_shape) for name, price in COUNTED.items()}
-        return {"latency": self.latency, **counted}
+        return {"latency": self.latency, **tabulate_all(self.shapes, COUNTED, self.input_shape)}
 
     @cached_property
     def work(self) -> Prices:
@@ -99,9 +106,7 @@ class Problem:
         if made_of := getattr(self.shapes, "reference", None):
             return made_of
         branches = self.prices["branches"].options
-        dearest = {
-            p: {o: ms + 1e-9 * branches[p][o] for o, ms in row.items()} for p, row in self.latency.options.items()
-        }
+        dearest = {p: {o: ms + 1e-9 * branches[p][o] for o, ms in row.items()} for p, row in self.latency.alone.items()}
         return extreme(dearest, self.parents, self.outline.rules, largest=True)
 
     def plain(self, architecture: Mapping[str, Option]) -> nn.Module:
@@ -284,7 +289,7 @@ class Problem:
         limits = sorted({self._memory_alone(i, width) for i, width in narrowest.items()})
         least = limits[bisect_left(limits, True, key=lambda limit: self._fitting(values, limit) is not None)]
         fitting = _reachable(self._fitting(values, least) or values, self.parents)
-        prices = _restricted(self.prices["macs"], fitting).options
+        prices = _restricted(self.prices["macs"], fitting).alone
         smallest = extreme(prices, self.parents, self.outline.rules, largest=False)
         return PeakMemory()(self.plain(smallest), self.input_shape)
 
@@ -300,7 +305,11 @@ def _reachable(values: Options, parents: Mapping[str, tuple[str, str]]) -> Optio
 
 def _restricted(prices: Prices, values: Options) -> Prices:
     options = {path: {option: prices.at(path, option) for option in row} for path, row in values.items()}
-    return replace(prices, options=options)
+    pairs = {
+        (a, b): {(i, j): price for (i, j), price in row.items() if i in values[a] and j in values[b]}
+        for (a, b), row in prices.pairs.items()
+    }
+    return replace(prices, options=options, pairs=pairs)
 
 
 def prefer(values: Options, architecture: Mapping[str, Option], weight: float) -> Options:

@@ -175,7 +175,7 @@ def _corrected(points: Sequence[tuple[float, float]], limit: float) -> float:
 def export_untrained(problem: Problem, architecture: Architecture, path: Path) -> tuple[nn.Module, Path]:
     """A network before its training, as it will look after it, and its file."""
     network = with_shifts(problem.network(architecture))
-    return network, export(network, problem.input_shape, path)
+    return network, export(network, problem.input_shape, path, architecture=architecture, task=problem.task)
 
 
 def with_shifts(network: nn.Module) -> nn.Module:

@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from netsmith import architecture as architectures
 from netsmith.blocks.mobile import ConvBn
 from netsmith.cost.counts import Shape, shipped
+from netsmith.cost.int8 import in_int8, mark_int8
 from netsmith.decisions import Option, decisions
 from netsmith.errors import UserError
 from netsmith.run import atomically
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from netsmith.tasks.classification import Task
 
 OPSET = 20
+CALIBRATION = 128
+"""Images that show the ranges of an int8 file (ours)."""
 LARGEST = 2**31 - 1
 """Bytes; protobuf holds no more in one file."""
 
@@ -61,27 +64,47 @@ def export(
     dynamic_batch: bool = True,
     architecture: Mapping[str, Option] | None = None,
     task: Task | None = None,
+    images: Tensor | None = None,
 ) -> Path:
     """Write ``network`` as an ONNX file (fp32, batch norm folded, input "image", output "logits"); returns ``path``.
 
-    ``input_shape`` is (channels, height, width). The file is replaced whole or not at all. ``architecture`` and
-    ``task`` go into its metadata (`read_metadata`), so that whoever finds the file alone can use it.
+    Layers that ship in int8 (`blocks.quantized.int8`) are in int8 in the file, with what lies between them.
+
+    Args:
+        input_shape: (channels, height, width).
+        path: replaced whole or not at all.
+        architecture, task: go into the metadata (`read_metadata`), so that whoever finds the file alone can use it.
+        images: ``(n, channels, height, width)``, normalised, which show the range of what lies between int8 layers;
+            by default training images of ``task``.
 
     Raises: UserError where decisions are open, a weight is NaN or infinite, the network cannot be exported (with
-    ``dynamic_batch``: perhaps because its forward fixes the batch), or the file would exceed 2 GB.
+    ``dynamic_batch``: perhaps because its forward fixes the batch), or the file would exceed 2 GB; for int8 layers
+    where neither ``images`` nor ``task`` is given, and what `cost.int8.in_int8` raises.
     """
     if open_ := list(decisions(network)):
         raise UserError(f"only a derived network can be exported; this one leaves {open_[0]!r} open")
-    check_finite(network)
-    plain = fold(network).cpu().float()
+    plain = mark_int8(network)
+    check_finite(plain)
+    if plain is not network and images is None:
+        if task is None:
+            raise UserError("a network with int8 layers is exported with images of its task, or with the task itself")
+        images = calibration_images(task)
+    plain = fold(plain).cpu().float()
     check_finite(plain)
     if sum(tensor.nbytes for tensor in plain.state_dict().values()) > LARGEST:
         raise UserError(f"{path}: an ONNX file holds 2 GB, and these weights are larger")
     proto = _proto(plain, input_shape, dynamic_batch)
     _strip(proto)
+    proto = in_int8(proto, images)
     for key, value in _metadata(input_shape, architecture, task).items():
         proto.metadata_props.add(key=key, value=value)
     return _write(proto, path)
+
+
+def calibration_images(task: Task) -> Tensor:
+    """Some training images, always the same: ``(n, channels, height, width)``, normalised."""
+    images, _ = next(iter(task.batches("train", CALIBRATION, train=True, augmented=False)))
+    return images
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -97,6 +120,12 @@ def check_finite(network: nn.Module) -> None:
         if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
             bad = int((~finite).sum())
             raise UserError(f"{name!r} holds {bad} NaN or infinite values of {tensor.numel()}: nothing is exported")
+
+
+def norms_of(network: nn.Module) -> dict[str, str]:
+    """Convolution -> the batch norm that alone reads its output, by their paths."""
+    names = {module: path for path, module in network.named_modules()}
+    return {names[conv]: names[norm] for conv, norm in _pairs(network)}
 
 
 def _pairs(network: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

@@ -21,7 +21,7 @@ from netsmith.cost.memory import PeakMemory
 from netsmith.cost.meter import Measurement
 from netsmith.cost.table import TableDevice
 from netsmith.errors import UserError
-from netsmith.ship.agreement import PARITY, Agreement, agree
+from netsmith.ship.agreement import Agreement, agree
 from netsmith.ship.layers import Layer, layers
 from netsmith.tasks.classification import Task
 
@@ -221,7 +221,7 @@ def _sentence(kept: bool, judged: list[Judged], agreement: Agreement, measured: 
     parts = [budget.text for budget in judged if not budget.kept]
     if not agreement.holds:
         parts.insert(0, f"the file's outputs differ from PyTorch's by {agreement.max_abs_diff:.2g}, "
-                     f"{agreement.relative_diff:.1g} of the largest, where {PARITY:g} is allowed")  # fmt: skip
+                     f"{agreement.relative_diff:.1g} of the largest, where {agreement.allowed:g} is allowed")  # fmt: skip
     held = [budget.text for budget in judged if budget.kept]
     if parts and held:
         held[0] = f"kept: {held[0]}"

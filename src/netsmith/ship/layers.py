@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from netsmith.blocks.cells import FREE
 from netsmith.cost import meter
-from netsmith.cost.counts import Macs, Params, Shape, shipped, to_meta
+from netsmith.cost.counts import Macs, Params, Shape, image, run_shapes, shipped, to_meta
 from netsmith.cost.device import Device
+from netsmith.cost.fused import watch_fused
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,9 @@ def layers(
     predicted: Mapping[str, float] | None = None,
     seconds: float = 10.0,
 ) -> list[Layer]:
-    """The layers of nested `nn.Sequential`s, lists and cells in the order they run, as shipped; what does nothing is
-    left out.
+    """The layers of nested `nn.Sequential`s, lists and cells in the order they run, as shipped: a norm or an activation
+    is a piece of the layer before it, and what does nothing is left out. ``predicted``: milliseconds by name; what has
+    a number there is one layer.
 
     With a ``device`` each gets the time by which it makes the network longer: all beginnings of the network (the first
     layer, the first two, ...) are timed in turn for about ``seconds``, and neighbours subtracted. Layers timed one by
@@ -52,39 +53,46 @@ def layers(
 
     A network that is no `nn.Sequential` gives its children, without measured times.
     """
-    network = shipped(network)
-    shapes = _shapes(network, [name for name, _ in _flat(network)], input_shape)
-    chain = [(name, network.get_submodule(name)) for name in shapes]
+    network, times = shipped(network), predicted or {}
+    shapes, fused = _shapes(network, [name for name, _ in _flat(network, times)], input_shape)
+    rows = {name: [name, *(follower for follower, leader in fused.items() if leader == name)] for name in shapes}
+    chain = {name: [network.get_submodule(part) for part in rows[name]] for name in shapes if name not in fused}
+    wholes = [nn.Sequential(*parts) for parts in chain.values()]
     chained = type(network) is nn.Sequential
-    measured = _differences([m for _, m in chain], input_shape, device, seconds) if device and chained else []
+    measured = _differences(wholes, input_shape, device, seconds) if device and chained else []
     found = []
-    for i, (name, module) in enumerate(chain):
-        before, after = shapes[name]
+    for i, (name, parts) in enumerate(chain.items()):
+        before, after = shapes[name][0], shapes[rows[name][-1]][1]
+        known = [times[part] for part in rows[name] if part in times]
         found.append(
             Layer(
                 name=name,
-                text=" ".join(repr(module).split()),
+                text=", ".join([" ".join(repr(parts[0]).split()), *(type(part).__name__ for part in parts[1:])]),
                 input=before,
                 output=after,
-                macs=Macs()(module, before),
-                params=Params()(module, before),
-                predicted_ms=(predicted or {}).get(name),
+                macs=Macs()(wholes[i], before),
+                params=Params()(wholes[i], before),
+                predicted_ms=sum(known) if known else None,
                 measured_ms=measured[i] if measured else None,
             )
         )
     return found
 
 
-def _flat(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _flat(module: nn.Module, whole: Container[str], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
-        if type(child) is nn.Sequential or isinstance(child, nn.ModuleList | nn.ModuleDict):
-            yield from _flat(child, f"{prefix}{name}.")
+        row = type(child) is nn.Sequential or isinstance(child, nn.ModuleList | nn.ModuleDict)
+        if row and f"{prefix}{name}" not in whole:
+            yield from _flat(child, whole, f"{prefix}{name}.")
         elif not isinstance(child, FREE):
             yield f"{prefix}{name}", child
 
 
-def _shapes(network: nn.Module, names: list[str], input_shape: Shape) -> dict[str, tuple[Any, Any]]:
-    """Input and output shapes, batch left out, of the layers that run once and take one tensor."""
+def _shapes(
+    network: nn.Module, names: list[str], input_shape: Shape
+) -> tuple[dict[str, tuple[Any, Any]], dict[str, str]]:
+    """Input and output shapes, batch left out, of the layers that run once and take one tensor; and of those that ship
+    as a piece of another, of which."""
     shadow = to_meta(network)
     found: dict[str, list[tuple[Any, Any]]] = {}
 
@@ -96,14 +104,15 @@ def _shapes(network: nn.Module, names: list[str], input_shape: Shape) -> dict[st
 
         return hook
 
+    fused = watch_fused({name: shadow.get_submodule(name) for name in names})
     for name in names:
         shadow.get_submodule(name).register_forward_hook(note(name))
-    with torch.no_grad():
-        shadow(torch.empty(1, *input_shape, device="meta"))
-    return {name: calls[0] for name, calls in found.items() if len(calls) == 1 and calls[0][0] is not None}
+    run_shapes(shadow, image(network, input_shape))
+    once = {name: calls[0] for name, calls in found.items() if len(calls) == 1 and calls[0][0] is not None}
+    return once, {name: leader for name, leader in fused().items() if name in once and leader in once}
 
 
-def _differences(chain: list[nn.Module], input_shape: Shape, device: Device, seconds: float) -> list[float]:
+def _differences(chain: Sequence[nn.Module], input_shape: Shape, device: Device, seconds: float) -> list[float]:
     """Milliseconds that each layer adds; together they are the whole less what an empty call takes."""
     timed: dict[str, Callable[[], object]] = {"": device.load(nn.ReLU(), (1, 1, 1))}
     for end in range(1, len(chain) + 1):

@@ -8,6 +8,8 @@ operations are not published).
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,20 +18,27 @@ import torch
 from torch import Tensor, nn
 
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, MBConv
+from netsmith.blocks.quantized import int8
 from netsmith.blocks.residual import Bottleneck, ResidualConv
 from netsmith.cost.counts import Shape, to_meta
 from netsmith.decisions import Architecture, OneOf, derive
 from netsmith.errors import UserError
+from netsmith.graph.channels import Channels
+from netsmith.graph.channels import channels as groups_of
+from netsmith.graph.slim import proven
+from netsmith.graph.slimmable import Slimmable
 from netsmith.spaces import open_space
 
 ORIGINAL = "original"
 """The option that leaves a layer as it is."""
 IDENTITY = "identity"
 """The option that leaves it out; where shapes agree."""
+FP32, INT8 = "fp32", "int8"
+"""The options of a layer that may be quantised."""
 
 ROWS = nn.Sequential | nn.ModuleList | nn.ModuleDict
 
-Pool = Literal["identity", "small", "full"]
+Pool = Literal["identity", "small", "full", "channels", "bits"]
 Made = Callable[[], nn.Module]
 
 
@@ -47,14 +56,20 @@ class Replaceable:
 
 
 def from_model(of: dict[str, Any], pool: Pool = "small", *, classes: int, channels: int, resolution: int) -> nn.Module:
-    """The network ``of`` with a `OneOf` in place of every replaceable layer, untrained.
+    """The network ``of`` with a `OneOf` in place of every replaceable layer, or, for the pool "channels", with a `Kept`
+    for every group of channels (`Slimmable`); untrained.
 
     ``of`` says which: `space`, `space_options` and `architecture`, as in a run's folder. ``pool``: what may stand
-    there beside the original: "identity" (layers are only left out), "small" (four cheap operations more) or "full".
+    there beside the original: "identity" (layers are only left out), "small" (four cheap operations more) or "full";
+    for "bits" the layer itself in int8 (`in_either`).
 
     Raises: UserError for a network in which nothing can be replaced: why not, layer by layer.
     """
     network = source(of, classes=classes, channels=channels, resolution=resolution)
+    if pool == "channels":
+        return Slimmable(network, _groups(json.dumps(of, sort_keys=True), classes, channels, resolution))
+    if pool == "bits":
+        return in_either(network, (channels, resolution, resolution))
     found, left = replaceable(network, (channels, resolution, resolution))
     reference: Architecture = {}
     for layer in found:
@@ -77,22 +92,62 @@ def source(of: Mapping[str, Any], *, classes: int, channels: int, resolution: in
     return derive(network, of.get("architecture") or {})
 
 
+def in_either(network: nn.Module, shape: Shape) -> nn.Module:
+    """``network`` itself, with a `OneOf` of "fp32" and "int8" in place of every plain convolution and linear layer that
+    runs once: the same parameters, computed with in either way. ``shape`` is (channels, height, width) of the input.
+
+    Raises: UserError where there is no such layer.
+    """
+    folding = tuple(f"{path}." for path, part in network.named_modules() if hasattr(part, "folded"))
+    plain = {
+        path: part
+        for path, part in network.named_modules()
+        if type(part) in (nn.Conv2d, nn.Linear) and not path.startswith(folding)  # what ships is another layer
+    }
+    runs = _runs(network, list(plain), shape)
+    reference: Architecture = {}
+    for path, layer in plain.items():
+        if len(runs[path]) == 1 and getattr(layer, "padding_mode", "zeros") == "zeros":
+            network.set_submodule(path, OneOf({FP32: layer, INT8: int8(layer)}))  # pyright: ignore[reportArgumentType]
+            reference[path] = FP32
+    if not reference:
+        raise UserError(f"{type(network).__name__} has no plain convolution or linear layer that runs once")
+    network.reference = reference  # pyright: ignore[reportArgumentType]
+    return network
+
+
+@functools.lru_cache(maxsize=4)
+def _groups(of: str, classes: int, channels: int, resolution: int) -> Channels:
+    """The channel groups of a network: to trace it takes seconds, and a space is built many times."""
+    with torch.device("meta"):
+        network = source(json.loads(of), classes=classes, channels=channels, resolution=resolution).eval()
+    with torch.device("cpu"):
+        shape = (channels, resolution, resolution)
+        return proven(network, groups_of(network, shape), shape)
+
+
 def carry(space: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Give the original layers their weights: those of the plain network, by their names there.
+    """Give the layers of the space's reference their weights: those of the plain network, by their names there.
 
     Raises: UserError for weights that do not fit.
     """
+    if isinstance(space, Slimmable):
+        weights = {f"network.{name}": tensor for name, tensor in weights.items()}
     opened = {path: part for path, part in space.named_modules() if isinstance(part, OneOf)}
+    own: Any = space.reference
     renamed = {}
     for name, tensor in weights.items():
         outer = next((path for path in opened if name.startswith(f"{path}.")), None)
-        renamed[name if outer is None else f"{outer}.{ORIGINAL}.{name.removeprefix(outer + '.')}"] = tensor
+        renamed[name if outer is None else f"{outer}.{own[outer]}.{name.removeprefix(outer + '.')}"] = tensor
     lacking, extra = space.load_state_dict(renamed, strict=False)
-    others = tuple(f"{path}.{o}." for path, part in opened.items() for o in (*part.options, "logits") if o != ORIGINAL)
-    lacking = [name for name in lacking if not f"{name}.".startswith(others)]
+    others = tuple(f"{path}.{o}." for path, part in opened.items() for o in (*part.options, "logits") if o != own[path])
+    whole = "network." if isinstance(space, Slimmable) else ""
+    lacking = [name for name in lacking if name.startswith(whole) and not f"{name}.".startswith(others)]
     if lacking or extra:
         what = f"{lacking[0]!r} is missing" if lacking else f"the network has no {extra[0]!r}"
         raise UserError(f"the weights do not fit the network: {what}")
+    if isinstance(space, Slimmable):
+        space.rank()
 
 
 def replaceable(network: nn.Module, shape: Shape) -> tuple[list[Replaceable], dict[str, str]]:

@@ -20,6 +20,8 @@ from netsmith.errors import UserError
 
 Candidates = Callable[[int, int, int], dict[str, nn.Module]]
 """(inputs, outputs, stride) -> what may stand there."""
+TINY = 12
+"""Pixels up to which images have so little to tell that a third of the operations is enough."""
 
 
 def prunet_small(
@@ -28,20 +30,20 @@ def prunet_small(
     resolution: PositiveInt = 32,
     *,
     step: PositiveInt | None = None,
-    expansion: PositiveInt = 6,
+    expansion: PositiveInt | None = None,
     depth: PositiveInt | None = None,
 ) -> nn.Module:
     """PruNet's kind of layer on small images: four blocks, each with an open hidden width.
 
     Args: ``step`` channels between offered widths (none: the device's staircase, 16 where no device is at hand);
-    ``expansion`` the largest hidden width over the input width; ``depth`` the most layers a stage may have (4, or 3 up
-    to 12 px).
+    ``expansion`` the largest hidden width over the input width (6, or 4 up to 12 px); ``depth`` the most layers a stage
+    may have (4, or 2 up to 12 px).
     """
-    step = step or 16
+    step, largest = step or 16, expansion or (6 if resolution > TINY else 4)
 
     def candidates(inputs: int, outputs: int, stride: int) -> dict[str, nn.Module]:
         def hidden() -> Width:
-            return Width(range(step, max(step, expansion * inputs) + 1, step))
+            return Width(range(step, max(step, largest * inputs) + 1, step))
 
         return {
             "ir_k3": MBConv(inputs, outputs, kernel=3, hidden=hidden(), stride=stride),
@@ -79,7 +81,7 @@ def macros(resolution: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]
     """Name -> (strides of stem and three stages, their channels) that suit square images of ``resolution`` px."""
     if not 8 <= resolution <= 64:
         raise UserError(f"the small spaces are for images of 8 to 64 px; given: {resolution} px")
-    if resolution <= 12:
+    if resolution <= TINY:
         strides = [(1, 1, 2, 2), (1, 1, 2, 1)]
         widths = [(16, 16, 32, 48), (16, 16, 32, 64)]
     else:
@@ -99,7 +101,7 @@ def macros(resolution: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]
 
 def _space(classes: int, channels: int, resolution: int, depth: int | None, candidates: Candidates) -> nn.Module:
     found = macros(resolution)
-    depth = depth or (4 if resolution > 12 else 3)
+    depth = depth or (4 if resolution > TINY else 2)
     strides, widths = next(iter(found.values()))
     stem = ConvBn(channels, widths[0], 3, stride=strides[0])
     bodies = {name: _body(classes, depth, s, w, candidates) for name, (s, w) in found.items()}

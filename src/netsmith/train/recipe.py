@@ -100,7 +100,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for names, legal, allowed in (
-            (("epochs", "batch_size", "accumulate", "tune_layers"), lambda v: v >= 1, "1 or more"),
+            (("batch_size", "accumulate", "tune_layers"), lambda v: v >= 1, "1 or more"),
             (("learning_rate", "tune_rate", "temperature", "decay_epochs", "rmsprop_eps"), lambda v: v > 0, "above 0"),
             (("rate_per", "norm_replicas"), lambda v: v is None or v >= 1, "none, or 1 or more"),
             (("resolutions",), lambda v: all(size >= 4 for size in v), "4 pixels or more each"),
@@ -110,7 +110,7 @@ class Recipe:
                 lambda v: not v or (_rises(v) and len(v) == len(self.resolutions) - 1),
                 "none, or an epoch for each of `resolutions` but the first, each later than the one before",
             ),
-            (("weight_decay", "l2_loss", "warmup_epochs", "tune_epochs"), lambda v: v >= 0, "0 or more"),
+            (("epochs", "weight_decay", "l2_loss", "warmup_epochs", "tune_epochs"), lambda v: v >= 0, "0 or more"),
             (("mixup", "cutmix"), lambda v: v >= 0, "0 or more"),
             (("end_rate",), lambda v: 0 <= v <= 1, "0 to 1"),
             (("decay_rate",), lambda v: 0 < v <= 1, "above 0 to 1"),
