@@ -51,8 +51,14 @@ NEARLY = 0.97
 """The share of the limit from which a bisection is near enough."""
 
 
+BROKEN = 3
+"""What netsmith exits with where a budget is not kept; the network and its result are there."""
+
+
 def netsmith_run(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "netsmith", *words], check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run([sys.executable, "-m", "netsmith", *words], stdout=subprocess.DEVNULL)
+    if done.returncode not in (0, BROKEN):
+        raise SystemExit(f"netsmith {' '.join(words)} ended with {done.returncode}")
 
 
 def original(name: str, seed: int, epochs: int, work: Path) -> Path:

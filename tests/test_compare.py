@@ -23,7 +23,7 @@ from netsmith import compare as module
 from netsmith import pipeline
 from netsmith.cli import main
 from netsmith.compare import BASELINES, compare, compared, open_comparison, prepare_comparison
-from netsmith.cost.latency import atoms
+from netsmith.cost.fused import fused_atoms
 from netsmith.cost.table import entry_key
 from netsmith.effort import counted, effort, peak_memory_bytes, processor_seconds
 from netsmith.errors import UserError
@@ -49,9 +49,8 @@ def empty_folder(tmp_path, monkeypatch):
 def table(tmp_path_factory) -> Path:
     """A device known by a table alone: half a microsecond a layer and one a thousand weights."""
     with torch.device("meta"):
-        parts = [
-            (a.module, a.shape) for a in atoms(open_space("fbnet_small", resolution=8, channels=1, **SPACE), (1, 8, 8))
-        ]
+        space = open_space("fbnet_small", resolution=8, channels=1, **SPACE)
+        parts = [(atom.module, atom.shape) for atom in fused_atoms(space, (1, 8, 8))]
     rows = {entry_key(part, shape): 5e-4 + 1e-6 * sum(p.numel() for p in part.parameters()) for part, shape in parts}
     file = tmp_path_factory.mktemp("table") / "planted.csv"
     with file.open("w", newline="") as out:

@@ -12,7 +12,8 @@ import torch
 import netsmith
 from netsmith import pipeline
 from netsmith.architecture import check, loads
-from netsmith.cost.latency import _widths, atoms
+from netsmith.cost.fused import fused_atoms
+from netsmith.cost.latency import _widths
 from netsmith.cost.table import entry_key
 from netsmith.errors import UserError
 from netsmith.job import Job
@@ -45,7 +46,7 @@ def table(tmp_path_factory) -> Path:
     with torch.device("meta"):
         space = open_space("prunet_small", resolution=8, channels=1, **SPACE)
     rows = {}
-    for atom in atoms(space, (1, 8, 8)):
+    for atom in fused_atoms(space, (1, 8, 8)):
         for width in _widths(atom, {atom.width: space.get_submodule(atom.width).options} if atom.width else {}):
             part = atom.module if width is None else atom.at(width)
             rows[entry_key(part, atom.shape)] = 5e-4 + 1e-6 * sum(p.numel() for p in part.parameters())

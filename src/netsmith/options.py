@@ -102,7 +102,7 @@ class CompressOptions(BudgetOptions):
     """How: `netsmith list methods`."""
     pool: Annotated[Literal["identity", "small", "full", "channels", "bits"] | None, Later] = None
     """What is open: identity (layers may be left out, which needs no training), small (four cheap operations may stand
-    in their place as well), full (some sixty), channels (layers may become narrower) or bits (layers may compute in
+    in their place as well), full (some seventy), channels (layers may become narrower) or bits (layers may compute in
     int8). Default: what the method is made for."""
     seed: int = 0
     """Of everything random."""

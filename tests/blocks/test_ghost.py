@@ -3,10 +3,11 @@
 import numpy as np
 import onnxruntime
 import pytest
+import timm
 import torch
 from torch import nn
 
-from netsmith.blocks.ghost import GGhostStage, GhostBottleneck, GhostModule, ghosted
+from netsmith.blocks.ghost import GGhostStage, GhostBottleneck, GhostModule, ghosted, with_ghosts
 from netsmith.blocks.mobile import ConvBn
 from netsmith.blocks.residual import Bottleneck
 from netsmith.cost.counts import Macs, Params
@@ -224,3 +225,19 @@ def test_the_file_agrees_with_pytorch(tmp_path):
     found = np.asarray(session.run(None, {"image": x.numpy()})[0])
     with torch.no_grad():
         assert np.allclose(found, network(x).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_with_ghosts_keeps_what_has_a_bias_or_groups():
+    block = timm.create_model("efficientnet_b0").blocks[1][0].eval()
+    made = with_ghosts(block)
+    assert made is not None
+    ghosts = {name for name, part in made.named_modules() if isinstance(part, GhostModule)}
+    assert ghosts == {"conv_pw", "conv_pwl"}
+    assert type(made.se.conv_reduce) is nn.Conv2d
+    assert torch.equal(made.se.conv_reduce.weight, block.se.conv_reduce.weight)
+    assert type(block.conv_pw) is nn.Conv2d
+    assert made.eval()(torch.zeros(1, 16, 8, 8)).shape == (1, 24, 4, 4)
+    saved = 64 * (16 * 48 - 48 * 9) + 16 * (96 * 12 - 12 * 9)  # half of each convolution, less 3x3 ghosts of the other
+    assert Macs()(made, (16, 8, 8)) == Macs()(block, (16, 8, 8)) - saved
+    assert with_ghosts(nn.Conv2d(4, 4, 1, bias=False)) is None
+    assert with_ghosts(nn.Sequential(nn.Conv2d(4, 4, 3, groups=4, bias=False), nn.Conv2d(4, 4, 1))) is None

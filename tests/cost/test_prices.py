@@ -270,3 +270,25 @@ def test_a_choice_in_many_places_costs_their_sum(tied, cost):
     assert [atom.path for atom in atoms(model, SHAPE) if atom.owner == ("edges.b", "skip")] == [
         f"edges.b.skip.{place}" for place in range(3)
     ]
+
+
+def test_a_part_that_takes_a_list_has_no_price():
+    class Joins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(16, 8, 1)
+
+        def forward(self, maps):
+            return self.conv(torch.cat(maps, 1))
+
+    class Dense(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.choice = OneOf({"a": nn.Conv2d(3, 8, 1), "b": ConvBn(3, 8)})
+            self.joins = Joins()
+
+        def forward(self, x):
+            return self.joins([self.choice(x)] * 2)
+
+    with pytest.raises(UserError, match="Joins takes list, not a tensor: alone it cannot be timed or counted"):
+        atoms(Dense(), SHAPE)

@@ -143,5 +143,5 @@ def test_widths():
 
 def test_a_network_without_channels_to_take_out_says_why():
     network = nn.Sequential(nn.Conv2d(3, 1, 3), nn.Flatten(), nn.Linear(4, 2))
-    with pytest.raises(UserError, match="there is no channel to take out .2: it is the output"):
+    with pytest.raises(UserError, match=r"there is no channel to take out \(2: it is the output"):
         Slimmable(network, channels(network, (3, 4, 4)))

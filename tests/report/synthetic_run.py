@@ -154,7 +154,7 @@ def events(made: dict[str, Any], seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def learnt(chosen: dict[str, str], dice: random.Random) -> Iterator[dict[str, Any]]:
-    """What LANA logs: candidates that learn, the harm of each, and networks scored whole; a kill made one epoch twice."""
+    """What LANA logs: candidates that learn, the harm of each, and networks scored whole; one epoch is there twice."""
     for epoch, error in ((1, 0.9), (2, 0.7), (2, 0.6), (3, 0.5)):
         yield {"kind": "lana_epoch", "epoch": epoch, "error": error}
     harms = {path: {o: dice.uniform(-0.05, 0.9) for o in OPTIONS[: 2 + i % 5]} for i, path in enumerate(chosen)}

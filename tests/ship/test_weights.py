@@ -56,6 +56,19 @@ def test_the_network_comes_back_bit_for_bit(run):
     assert torch.equal(loaded(x), network.eval()(x))
 
 
+def test_features_are_those_of_the_network(run):
+    folder, network = run
+    backbone = netsmith.load(folder, features_only=True)
+    images = torch.randn(2, 1, 8, 8)
+    maps = backbone(images)
+    assert [found.shape[1] for found in maps] == backbone.channels
+    classifier = [part for part in network.modules() if isinstance(part, nn.Linear)][-1]
+    assert torch.allclose(classifier(maps[-1].mean((2, 3))), netsmith.load(folder)(images), rtol=1e-4)
+    (folder / "problem.yaml").write_text(dump_yaml({"space": "prunet_small", "space_options": {"classes": 10}}))
+    with pytest.raises(UserError, match="`space_options` lacks channels and resolution"):
+        netsmith.load(folder, features_only=True)
+
+
 def test_a_path_may_be_text_and_half_precision_stays(run):
     folder, network = run
     architecture = json.loads((folder / "architecture.json").read_text())

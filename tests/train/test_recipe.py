@@ -17,7 +17,7 @@ from netsmith.train.schedules import factor
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("epochs", 0),
+        ("epochs", -1),
         ("learning_rate", -1.0),
         ("label_smoothing", 1.0),
         ("ema", 1.5),
@@ -37,7 +37,7 @@ def test_the_default_looks_at_the_task():
     def of(images, resolution):
         return Recipe.default(SimpleNamespace(splits={"trainval": range(images)}, resolution=resolution))  # pyright: ignore
 
-    assert of(1442, 8).epochs == 20
+    assert of(1442, 8).epochs == 10
     assert of(10_000, 32).epochs == 40
     assert of(60_000, 28).epochs == 15
     assert of(60_000, 28).batch_size > of(10_000, 32).batch_size

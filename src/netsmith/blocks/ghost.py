@@ -7,6 +7,7 @@ both (`ghostnet_pytorch/ghostnet.py`, `g_ghost_pytorch/g_ghost_regnet.py`).
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -211,3 +212,21 @@ def ghosted(conv: nn.Conv2d, ratio: int = 2, *, cheap_kernel: int = 3, act: str 
         conv.in_channels, conv.out_channels, kernel, ratio=ratio, cheap_kernel=cheap_kernel, stride=stride, act=act
     )
     return made.to(conv.weight.device, conv.weight.dtype).train(conv.training)
+
+
+def with_ghosts(block: nn.Module, ratio: int = 2) -> nn.Module | None:
+    """A copy of a block with ghost modules, untrained, in place of its convolutions; None where there are none.
+
+    Replaced is what `ghosted` takes and has no bias: a norm comes behind that, which squeeze-excite's convolutions, on
+    maps of one place, have not.
+    """
+    if isinstance(block, nn.Conv2d):
+        return None
+    made: dict[int, object] = {}
+    for part in block.modules():
+        if type(part) is nn.Conv2d and part.bias is None:
+            try:
+                made[id(part)] = ghosted(part, ratio)
+            except UserError:  # it stays
+                continue
+    return copy.deepcopy(block, made) if made else None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -275,7 +275,7 @@ def _plain(layer: QuantConv2d | QuantLinear) -> nn.Module:
         plain = nn.Conv2d(*_shape(layer), bias=layer.bias is not None, padding_mode=layer.padding_mode, device="meta")  # pyright: ignore[reportArgumentType]
     else:
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    plain.weight, plain.bias = layer.weight, layer.bias
+    plain.weight, plain.bias = layer.weight, layer.bias  # pyright: ignore[reportAttributeAccessIssue]
     return plain.train(layer.training)
 
 
@@ -288,12 +288,13 @@ def _shape(layer: nn.Conv2d) -> tuple:
 def calibrate(network: nn.Module, images: Callable[[], Tensor]) -> None:
     """Give every int8 layer that has none yet the range of its inputs: smallest and largest over ``images()``, ``(n,
     channels, height, width)``, with all layers in fp32, in eval mode. Without such a layer nothing is asked for."""
-    fresh = {id(part) for part in network.modules() if is_int8(part) and part.input_quantizer.low.isnan()}
+    layers = filter(is_int8, network.modules())
+    fresh = {id(layer) for layer in layers if layer.input_quantizer.get_buffer("low").isnan()}
     if not fresh:
         return
 
     def watched(plain: nn.Module, layer: QuantConv2d | QuantLinear) -> nn.Module:
-        kept = layer.input_quantizer
+        kept: Any = layer.input_quantizer
 
         def widen(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             low, high = span(inputs[0])

@@ -252,7 +252,8 @@ def _pixel_shuffle(graph: _Graph, call: Call) -> None:
 
 
 WRITERS: dict[str, Callable[[_Graph, Call], None]] = {
-    "convolution": _convolution, "native_batch_norm": _batch_norm, "addmm": _linear, "mm": _binary("MatMul"),
+    "convolution": _convolution, "native_batch_norm": _batch_norm, "addmm": _linear,
+    "mm": _binary("MatMul"), "bmm": _binary("MatMul"),
     "relu": _simple("Relu"), "sigmoid": _simple("Sigmoid"), "tanh": _simple("Tanh"),
     "hardswish": _simple("HardSwish"), "silu": _silu, "hardsigmoid": _simple("HardSigmoid", alpha=1 / 6, beta=0.5),
     "hardtanh": _clip, "clamp": _clip, "leaky_relu": _leaky_relu, "gelu": _gelu, "_softmax": _softmax,

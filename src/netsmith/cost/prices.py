@@ -112,6 +112,9 @@ def atoms(supernet: nn.Module, input_shape: Shape, *, trained: bool = False) -> 
     def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if id(module) in shapes and _has_parameters(module):
             raise UserError(f"{module} runs twice in one pass: its price would count once only")
+        if not inputs or not isinstance(inputs[0], Tensor):
+            given = type(inputs[0]).__name__ if inputs else "nothing"
+            raise UserError(f"{type(module).__name__} takes {given}, not a tensor: alone it cannot be timed or counted")
         shapes[id(module)] = tuple(inputs[0].shape[1:])  # pyright: ignore[reportArgumentType]
 
     shadows = {path: shadow.get_submodule(path) for path, _, _, _ in found}

@@ -60,7 +60,7 @@ def replacements(scores: list[Event], members: list[dict[str, Any]]) -> Figure |
     across |= {"showgrid": False, "zeroline": False, "autotickangles": [0, -45, -90]}  # to the left: there is room
     axes = {"xaxis": axis("") | across}
     axes["yaxis"] = rows | {"range": [len(paths) - 0.5, -0.5]}
-    return Figure(_words(alone), [heat], axes | {"shapes": boxes}, HIGH + 26 * len(paths))
+    return Figure(_words(alone), [heat], axes | {"shapes": boxes}, HIGH + 40 + 26 * len(paths))
 
 
 def _box(x: int, y: int, half: float) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def together(
         several = len(networks) > 1 and index < len(members)
         name = plain(asked(members[index]), 26) if several else f"{len(points)} networks"
         best = min(points, key=lambda point: point[1])
-        look = {"size": 9, "opacity": 0.75} | style(index)
+        look = {"size": 9, "opacity": 0.75} | style(index + 1)  # in the colours of the boxes
         traces.append(_points(points, name, look))
         ring = {"size": 17, "symbol": "circle-open", "color": look["color"], "line": {"width": 2}}
         traces.append(_points([best], "the best", ring) | {"showlegend": len(networks) == 1})

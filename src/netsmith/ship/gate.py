@@ -220,8 +220,11 @@ def _sentence(kept: bool, judged: list[Judged], agreement: Agreement, measured: 
     """
     parts = [budget.text for budget in judged if not budget.kept]
     if not agreement.holds:
-        parts.insert(0, f"the file's outputs differ from PyTorch's by {agreement.max_abs_diff:.2g}, "
-                     f"{agreement.relative_diff:.1g} of the largest, where {agreement.allowed:g} is allowed")  # fmt: skip
+        parts.insert(
+            0,
+            f"the file's outputs differ from PyTorch's by {agreement.max_abs_diff:.2g}, "
+            f"{agreement.relative_diff:.1g} of the largest, where {agreement.allowed:g} is allowed",
+        )
     held = [budget.text for budget in judged if budget.kept]
     if parts and held:
         held[0] = f"kept: {held[0]}"

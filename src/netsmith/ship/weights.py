@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from netsmith import architecture as architectures
 from netsmith.decisions import Architecture, Option, derive
 from netsmith.errors import UserError
+from netsmith.graph.features import Features, features
 from netsmith.run import atomically, load_yaml
 from netsmith.spaces import open_space
 
@@ -59,6 +60,18 @@ def load(folder: Path) -> nn.Module:
     fit(network, found, f"{folder / WEIGHTS} does not fit {ARCHITECTURE}")
     network.load_state_dict(found, strict=True, assign=True)
     return network.eval()
+
+
+def load_features(folder: Path) -> Features:
+    """The network that `save` wrote without its head, giving its feature maps: see `netsmith.graph.features`.
+
+    Raises: UserError, as `load` does, and where a network has no maps to give out.
+    """
+    _, options, problem = space_of(folder)
+    channels, resolution = options.get("channels"), options.get("resolution")
+    if not isinstance(channels, int) or not isinstance(resolution, int):
+        raise UserError(f"{problem}: `space_options` lacks channels and resolution, which its maps are found by")
+    return features(load(folder), (channels, resolution, resolution))
 
 
 def points(folder: Path) -> list[Path]:

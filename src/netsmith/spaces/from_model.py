@@ -8,6 +8,7 @@ operations are not published).
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from netsmith.blocks.attention import Attention
+from netsmith.blocks.collapsible import Collapsible, LinearBlock
+from netsmith.blocks.ghost import GhostBottleneck, GhostModule, with_ghosts
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, MBConv
 from netsmith.blocks.quantized import int8
 from netsmith.blocks.residual import Bottleneck, ResidualConv
@@ -35,6 +39,9 @@ IDENTITY = "identity"
 """The option that leaves it out; where shapes agree."""
 FP32, INT8 = "fp32", "int8"
 """The options of a layer that may be quantised."""
+
+PLACES = 14 * 14
+"""Places of a map up to which attention between all of them is offered (ours)."""
 
 ROWS = nn.Sequential | nn.ModuleList | nn.ModuleDict
 
@@ -73,9 +80,9 @@ def from_model(of: dict[str, Any], pool: Pool = "small", *, classes: int, channe
     found, left = replaceable(network, (channels, resolution, resolution))
     reference: Architecture = {}
     for layer in found:
-        options = candidates(layer, pool)
+        original = network.get_submodule(layer.path)
+        options = candidates(layer, pool, original)
         if options:
-            original = network.get_submodule(layer.path)
             network.set_submodule(layer.path, OneOf({ORIGINAL: original, **{n: made() for n, made in options.items()}}))
             reference[layer.path] = ORIGINAL
     if not reference:
@@ -220,8 +227,9 @@ def _runs(network: nn.Module, paths: list[str], shape: Shape) -> dict[str, list[
     return calls
 
 
-def candidates(layer: Replaceable, pool: Pool) -> dict[str, Made]:
-    """What may stand in place of a layer, by name; each makes its module. Empty where the shapes allow nothing."""
+def candidates(layer: Replaceable, pool: Pool, original: nn.Module | None = None) -> dict[str, Made]:
+    """What may stand in place of a layer, by name; each makes its module. Empty where the shapes allow nothing.
+    ``original``, the layer itself, for what is made of it (its convolutions as ghost modules, in the full pool)."""
     (inputs, height, width), (outputs, *after), stride = layer.input, layer.output, layer.stride
     options: dict[str, Made] = {}
     if layer.input == layer.output:
@@ -230,7 +238,8 @@ def candidates(layer: Replaceable, pool: Pool) -> dict[str, Made]:
         return options
     if pool == "small":
         return options | _small(inputs, outputs, stride)
-    return options | _full(inputs, outputs, stride)
+    options |= _full(inputs, outputs, stride) | _ghosts(inputs, outputs, stride, original) | _collapsing(layer)
+    return options | (_attention(layer) if 1 < after[0] * after[1] <= PLACES else {})
 
 
 def _small(inputs: int, outputs: int, stride: int) -> dict[str, Made]:
@@ -269,6 +278,48 @@ def _full(inputs: int, outputs: int, stride: int) -> dict[str, Made]:
     for kernel in (1, 5):
         found[f"conv_k{kernel}"] = lambda k=kernel: ResidualConv(inputs, outputs, k, stride=stride)
     return found
+
+
+def _ghosts(inputs: int, outputs: int, stride: int, original: nn.Module | None) -> dict[str, Made]:
+    """Of C-Ghost, with two maps of a kind (s = 2) and cheap 3x3 ones, as GhostNet has them."""
+    found: dict[str, Made] = {}
+    for kernel in (1, 3):
+        found[f"ghost_k{kernel}"] = lambda k=kernel: GhostModule(inputs, outputs, k, stride=stride)
+    for expansion in (2, 3, 6):
+        for squeeze in (0, max(1, inputs // 4)):
+            name = f"ghost_e{expansion}" + ("_se" if squeeze else "")
+            found[name] = lambda e=expansion, s=squeeze: GhostBottleneck(
+                inputs, outputs, hidden=e * inputs, stride=stride, squeeze=s
+            )
+    made = with_ghosts(original) if original is not None else None
+    if made is not None and repr(made) != repr(original):  # or it would have the original's price
+        found["ghosted"] = lambda: copy.deepcopy(made)
+    return found
+
+
+def _collapsing(layer: Replaceable) -> dict[str, Made]:
+    """Wide while they learn, one convolution when they ship: without activation, and RAN's block with one in front."""
+    inputs, outputs, stride = layer.input[0], layer.output[0], layer.stride
+    hidden = max(outputs, min(4 * outputs, 256))  # SESR's 256, where that is not too much
+    found: dict[str, Made] = {}
+    for kernel in (3, 5):
+        found[f"linear_k{kernel}"] = lambda k=kernel: LinearBlock(
+            inputs, outputs, k, hidden=hidden, stride=stride, skip=layer.input == layer.output, online=True
+        )
+        found[f"collapsed_k{kernel}"] = lambda k=kernel: Collapsible(
+            MBConv(inputs, outputs, kernel=k, hidden=2 * inputs, stride=stride), gate=0.0
+        )
+    return found
+
+
+def _attention(layer: Replaceable) -> dict[str, Made]:
+    """With heads of about 32 channels, alone and with two 1x1 convolutions behind it."""
+    (inputs, *_), (outputs, *_) = layer.input, layer.output
+    heads = next(n for n in range(max(1, outputs // 32), 0, -1) if outputs % n == 0)
+    return {
+        name: lambda e=expansion: Attention(inputs, outputs, heads=heads, stride=layer.stride, expansion=e)
+        for name, expansion in (("attention", 0), ("attention_e2", 2))
+    }
 
 
 def _part(channels: int, share: int) -> int:

@@ -36,10 +36,10 @@ def prunet_small(
     """PruNet's kind of layer on small images: four blocks, each with an open hidden width.
 
     Args: ``step`` channels between offered widths (none: the device's staircase, 16 where no device is at hand);
-    ``expansion`` the largest hidden width over the input width (6, or 4 up to 12 px); ``depth`` the most layers a stage
+    ``expansion`` the largest hidden width over the input width (6, or 3 up to 12 px); ``depth`` the most layers a stage
     may have (4, or 2 up to 12 px).
     """
-    step, largest = step or 16, expansion or (6 if resolution > TINY else 4)
+    step, largest = step or 16, expansion or (6 if resolution > TINY else 3)
 
     def candidates(inputs: int, outputs: int, stride: int) -> dict[str, nn.Module]:
         def hidden() -> Width:
@@ -83,7 +83,7 @@ def macros(resolution: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]
         raise UserError(f"the small spaces are for images of 8 to 64 px; given: {resolution} px")
     if resolution <= TINY:
         strides = [(1, 1, 2, 2), (1, 1, 2, 1)]
-        widths = [(16, 16, 32, 48), (16, 16, 32, 64)]
+        widths = [(16, 16, 24, 32), (16, 16, 32, 48)]
     else:
         stem = 2 if resolution > 40 else 1
         strides = [(stem, 1, 2, 2), (stem, 2, 2, 2), (stem, 2, 2, 1)]
