@@ -45,7 +45,7 @@ def test_help_loads_nothing_heavy_and_is_quick():
         "import sys, time; from netsmith.cli import main; main(['--help'])\n"  # from the very start, Python's own too
         f"print(time.process_time(), [m for m in {HEAVY} if m in sys.modules])"
     )
-    attempts = [run_python(code) for _ in range(3)]  # the machine may be busy: processor time, and the best of three
+    attempts = [run_python(code) for _ in range(6)]  # the machine may be busy: processor time, and the best of six
     assert all(attempt.stdout.endswith(" []\n") for attempt in attempts), attempts[0]
     assert min(float(attempt.stdout.splitlines()[-1].split()[0]) for attempt in attempts) < 0.3
     assert all(f"  {verb} " in attempts[0].stdout for verb in VERBS)

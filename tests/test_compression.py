@@ -153,17 +153,24 @@ def test_a_method_that_cannot_is_refused_and_nothing_is_left(place, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("own", "sentence"), [(2.0, ""), (3.0, "nothing was gained: latency is 3.00 ms"), (4.0, "nothing")]
+    ("own", "asked", "sentence"),
+    [
+        (2.0, "latency<=5ms", ""),
+        (3.0, "latency<=5ms", "nothing was gained: latency is 3.00 ms"),
+        (4.0, "latency<=5ms", "nothing"),
+        (2.0, "latency<=0.65x", ""),
+        (2.0, "latency<=0.5x", "latency<=0.5x was asked, and latency is 2.00 ms, that of the original 3.00 ms"),
+    ],
 )
-def test_a_file_that_is_not_faster_than_the_original_is_refused(own, sentence):
+def test_a_file_that_is_not_faster_than_the_original_is_refused(own, asked, sentence):
     def cost(milliseconds: float) -> dict:
         return {"latency_ms": {"median": milliseconds}, "macs": 10.0}
 
     budgets = [{"metric": "latency", "unit": "ms", "limit": 5.0}]
     result = {"cost": cost(own), "budgets": budgets, "reference": {"cost": cost(3.0)}}
-    assert gained(result).startswith(sentence)
-    assert bool(gained(result)) == bool(sentence)
-    assert bool(gained({"front": [result], "reference": {"cost": cost(3.0)}})) == bool(sentence)
+    assert gained(result, [asked]).startswith(sentence)
+    assert bool(gained(result, [asked])) == bool(sentence)
+    assert bool(gained({"front": [result], "reference": {"cost": cost(3.0)}}, [asked])) == bool(sentence)
 
 
 def test_layers_are_replaced_in_a_copy(place, monkeypatch, tmp_path):

@@ -159,7 +159,7 @@ class Compress(CompressOptions):
             say.line(f"{run.path}: {run.problem['method']} for {of}, {', '.join(run.problem['budget'])}")
             result = search(run, say)
             answer = finished(run.path, result)
-            return answer if answer.broken else replace(answer, broken=gained(result))
+            return answer if answer.broken else replace(answer, broken=gained(result, run.problem["budget"]))
 
 
 @dataclass(frozen=True, kw_only=True)
