@@ -193,6 +193,17 @@ def test_the_calibration_is_a_price_per_option_again():
     assert SpaceLatency(raw, layers, weights, dear_layers).prices.options == {"x": {"a": 0.0, "b": pytest.approx(3.3)}}
 
 
+def test_calibrated_prices_are_none_below_zero():
+    """The shortest layer sets what one may save: of options, of fixed parts, of what two widths have together."""
+    raw = Prices(0.3, {"x": {"a": 0.2, "b": 0.8, "skip": 0.0}}, pairs={("x", "y"): {("a", 1): 0.15}})
+    layers = Prices(2.0, {"x": {"a": 1.0, "b": 2.0, "skip": 0.0}}, pairs={("x", "y"): {("a", 1): 1.0}})
+    weights = Prices(0.0, {"x": dict.fromkeys("ab", 0.0) | {"skip": 0.0}}, pairs={("x", "y"): {("a", 1): 0.0}})
+    latency = SpaceLatency(raw, layers, weights, fixed={"stem": (0.12, 0.0), "head": (0.18, 0.0)})
+    assert latency._shortest == 0.12
+    assert replace(latency, fixed={})._shortest == 0.15
+    assert SpaceLatency(Prices(0.0, {}), Prices(0.0, {}), Prices(0.0, {}))._shortest is None
+
+
 class Staircase:
     """A device whose layers cost one unit per started step of channels."""
 

@@ -147,6 +147,36 @@ def test_calibration_with_few_networks():
         Calibration.fit([[1.0, 1, 1], [2.0, 1, 1]], [1.0])
 
 
+MEASURED = """
+0.057 9 1.2e5 0.0289, 0.567 10 1.51e7 0.8706, 0.21 10 4.65e6 0.1954, 0.12 10 3.83e6 0.0932, 0.109 10 9.2e5 0.0814,
+0.158 10 1.74e6 0.1405, 0.134 10 9.0e5 0.1089, 0.19 10 7.52e6 0.1728, 0.141 10 2.02e6 0.1173, 0.125 10 4.9e5 0.0979,
+0.152 10 1.39e6 0.1347, 0.159 10 1.03e6 0.1394, 0.134 10 4.9e5 0.1018, 0.181 10 9.8e5 0.153, 0.296 10 2.4e6 0.398
+"""
+"""Sum of entries, layers, weights and milliseconds of networks that LANA's full pool makes of a ResNet-10t at 8 px."""
+
+
+def test_no_layer_saves_more_than_the_shortest_takes():
+    """Where all networks but one have as many layers, that one says what a layer saves, and a constant pays for it."""
+    *parts, measured = np.array([row.split() for row in MEASURED.split(",")], float).T
+    networks = np.stack(parts, 1)
+    loose = Calibration.fit(networks.tolist(), measured.tolist())
+    assert loose.constant > 0.1  # of a network that takes 0.03
+    assert loose.predict([0.0042, 1, 0]) < loose.constant - 0.01  # a layer that takes less than none
+    fitted = Calibration.fit(networks.tolist(), measured.tolist(), 0.0042)
+    assert fitted.constant < 0.01
+    assert fitted.predict([0.0042, 1, 0]) == pytest.approx(fitted.constant)
+    assert [fitted.predict(n) / m - 1 for n, m in zip(networks, measured, strict=True)] == pytest.approx(
+        list(fitted.residuals)
+    )
+    assert abs(fitted.residuals[0]) < 0.1
+    networks[::2, 1] += 3
+    law = 0.05 + networks @ np.array([1.1, -0.003, 2e-8])
+    within = Calibration.fit(networks.tolist(), law.tolist(), 0.0042)  # a layer that saves less is found all the same
+    assert (within.constant, within.scale, within.per_layer) == pytest.approx((0.05, 1.1, -0.003), abs=1e-6)
+    few = Calibration.fit([[2.0, 5, 1e4]], [1.5], 0.1)
+    assert (few.scale, few.per_layer) == (0.75, 0.0)
+
+
 def test_own_tables_are_imported(tmp_path: Path):
     file = tmp_path / "board.csv"
     with file.open("w", newline="") as stream:

@@ -64,7 +64,12 @@ def test_features_are_those_of_the_network(run):
     assert [found.shape[1] for found in maps] == backbone.channels
     classifier = [part for part in network.modules() if isinstance(part, nn.Linear)][-1]
     assert torch.allclose(classifier(maps[-1].mean((2, 3))), netsmith.load(folder)(images), rtol=1e-4)
-    (folder / "problem.yaml").write_text(dump_yaml({"space": "prunet_small", "space_options": {"classes": 10}}))
+    with pytest.raises(UserError, match="nowhere is no folder"):
+        netsmith.load(folder / "nowhere", features_only=True)
+    space = spaces.open_space("prunet_small")  # by its own defaults, which no file names
+    architecture = sample(space, torch.Generator().manual_seed(0))
+    (folder / "problem.yaml").write_text(dump_yaml({"space": "prunet_small", "space_options": {}}))
+    weights.save(folder, derive(space, architecture), architecture)
     with pytest.raises(UserError, match="`space_options` lacks channels and resolution"):
         netsmith.load(folder, features_only=True)
 

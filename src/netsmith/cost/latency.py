@@ -65,7 +65,7 @@ class SpaceLatency:
     @property
     def prices(self) -> Prices:
         """Calibrated milliseconds: all terms of the calibration add up, so it is a price per option again. None is
-        below zero, or what the fit takes off for each layer would make a short one cheaper than none."""
+        below zero, whatever the calibration takes off for each layer."""
         per = replace(self.calibration, constant=0.0)
         options = {
             path: {option: max(0.0, per.predict([part.at(path, option) for part in self._parts])) for option in row}
@@ -83,7 +83,16 @@ class SpaceLatency:
 
     def calibrated(self, networks: list[Architecture], milliseconds: list[float]) -> SpaceLatency:
         rows = [[part.of(network) for part in self._parts] for network in networks]
-        return replace(self, calibration=Calibration.fit(rows, milliseconds))
+        return replace(self, calibration=Calibration.fit(rows, milliseconds, self._shortest))
+
+    @property
+    def _shortest(self) -> float | None:
+        """Milliseconds of the shortest layer that is priced, alone or, of several in an option, on average."""
+        of_fixed = [entry for entry, _ in self.fixed.values()]
+        pairs = [(self.raw.options, self.layers.options), (self.raw.pairs, self.layers.pairs)]
+        rows = [(raw[key], layers[key]) for raw, layers in pairs for key in raw]
+        of_options = [row[o] / counts[o] for row, counts in rows for o in row if counts[o]]
+        return min([*of_fixed, *of_options], default=None)
 
 
 def name_in_network(path: str, architecture: Mapping[str, Option]) -> str:

@@ -181,12 +181,16 @@ class Calibration:
     """Relative errors on the networks it was fitted on: predicted / measured - 1."""
 
     @classmethod
-    def fit(cls, networks: Sequence[Sequence[float]], measured: Sequence[float]) -> Calibration:
+    def fit(
+        cls, networks: Sequence[Sequence[float]], measured: Sequence[float], shortest: float | None = None
+    ) -> Calibration:
         """Least squares of the *relative* error over whole networks; about fifteen are enough.
 
         networks: (sum of entries in milliseconds, number of layers, number of weights) of each; measured:
         milliseconds. No network: the identity. One or two different ones: the scale. Up to four: constant and scale. Up
-        to seven: the weights too. Errors: ValueError if lengths differ or a measured time is not positive.
+        to seven: the weights too. ``shortest``: milliseconds of the shortest entry, and no layer saves more than that
+        takes: among networks of nearly as many layers, one could be fitted by layers that cost less than none and a
+        constant that pays for them. Errors: ValueError if lengths differ or a measured time is not positive.
         """
         if len(networks) != len(measured):
             raise ValueError(f"{len(networks)} networks and {len(measured)} measured times")
@@ -201,19 +205,23 @@ class Calibration:
         columns = np.concatenate([np.ones((len(times), 1)), np.asarray(networks, float)], 1)
         different = len(set(map(tuple, networks)))  # branches that fold leave them all alike
         used = [[1], [0, 1], [0, 1, 3], [0, 1, 2, 3]][sum(different > most for most in (2, 4, 7))]
+        least = shortest if 2 in used else None
+        if least is not None:  # scale * (entries - shortest * layers), and no less than 0 a layer on top
+            columns[:, 1] -= least * columns[:, 2]
         rows = columns[:, used] / times[:, None]
         size = np.linalg.norm(rows, axis=0)  # columns of one size: the solver's tolerances are absolute
         size[size == 0] = 1.0
         scaled = rows / size
-        signed = np.concatenate([scaled, -scaled[:, [i == 2 for i in used]]], 1)  # per_layer may be negative
-        weights, _ = nnls(signed, np.ones(len(times)))
+        free = [i == 2 and least is None for i in used]  # per_layer may be negative
+        weights, _ = nnls(np.concatenate([scaled, -scaled[:, free]], 1), np.ones(len(times)))
         solution = weights[: len(used)]
-        if 2 in used:
+        if any(free):
             solution[used.index(2)] -= weights[-1]
         solution = solution / size
         constant, scale, per_layer, per_weight = (
             dict(zip(used, map(float, solution), strict=True)).get(i, 0.0) for i in range(4)
         )
+        per_layer -= scale * (least or 0.0)
         return cls(constant, scale, per_layer, per_weight, tuple(map(float, rows @ solution - 1)))
 
     def predict(self, network: Sequence[float]) -> float:

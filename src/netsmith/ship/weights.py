@@ -67,11 +67,12 @@ def load_features(folder: Path) -> Features:
 
     Raises: UserError, as `load` does, and where a network has no maps to give out.
     """
+    network = load(folder)
     _, options, problem = space_of(folder)
     channels, resolution = options.get("channels"), options.get("resolution")
     if not isinstance(channels, int) or not isinstance(resolution, int):
         raise UserError(f"{problem}: `space_options` lacks channels and resolution, which its maps are found by")
-    return features(load(folder), (channels, resolution, resolution))
+    return features(network, (channels, resolution, resolution))
 
 
 def points(folder: Path) -> list[Path]:
