@@ -120,7 +120,8 @@ class LANA:
 
         run.once("lana-pool", learnt)
         checkpoint.unlink(missing_ok=True)
-        space.load_state_dict(load_file(run.path / LEARNT), strict=False)
+        for taught in (space, problem.supernet):
+            taught.load_state_dict(load_file(run.path / LEARNT), strict=False)
 
     def _learn_epoch(
         self,

@@ -21,6 +21,7 @@ function layout(own) {
     font: { color: colour("--text"), family: getComputedStyle(document.body).fontFamily, size: 12 },
     margin: { l: 8, r: 12, t: 36, b: 40 }, showlegend: true,
     hoverlabel: { bgcolor: colour("--panel"), bordercolor: colour("--muted"), font: { color: colour("--text") }, align: "left" },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: colour("--muted"), activecolor: colour("--text") },
     dragmode: phone.matches ? false : "zoom",  // a finger scrolls the page
     ...own,
     legend: { ...legend, ...own.legend }, xaxis: { ...axis, ...own.xaxis }, yaxis: { ...axis, ...own.yaxis },

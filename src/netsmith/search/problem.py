@@ -70,6 +70,11 @@ class Problem:
             return self.build()
 
     @cached_property
+    def supernet(self) -> nn.Module:
+        """The supernet that networks are derived from. Nobody trains it: methods build their own."""
+        return self.build()
+
+    @cached_property
     def outline(self) -> Outline:
         return outline(self.shapes)
 
@@ -115,7 +120,7 @@ class Problem:
 
     def network(self, architecture: Mapping[str, Option]) -> nn.Module:
         """The network of ``architecture``, weights as the supernet is built."""
-        return derive(self.build(), architecture)
+        return derive(self.supernet, architecture)
 
     def predicted(self, budget: Budget, architecture: Mapping[str, Option]) -> float:
         """The cost that ``budget`` limits, in its base unit."""

@@ -138,9 +138,9 @@ class Recipe:
         With other `epochs` or another `batch_size` than the task's own, the average and the warm-up are scaled to them.
         """
         images = len(task.splits["trainval"])
-        # Small sets need more passes: about 400,000 images are seen, in 15 to 40 epochs; of tiny images 10 are enough,
+        # Small sets need more passes: about 400,000 images are seen, in 15 to 40 epochs; of tiny images 8 are enough,
         # of large ones up to 60.
-        fewest, most = (10, 10) if task.resolution <= 12 else (15, 60 if task.resolution >= 64 else 40)
+        fewest, most = (8, 8) if task.resolution <= 12 else (15, 60 if task.resolution >= 64 else 40)
         usual_epochs = max(fewest, min(most, round(400_000 / images)))
         # On 8,000 images, steps matter more than large batches.
         usual_size = 64 if images <= 20_000 else 128
