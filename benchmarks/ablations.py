@@ -8,7 +8,7 @@ Wongpanich et al. 2020 (arXiv:2011.00071): optimizer and batch, decay, warm-up, 
 al. 2021 (arXiv:2106.03640): norm, group convolutions, resolution. Every line of `results/ablations.jsonl` is one
 training on `train` of Fashion-MNIST, scored on `search`; `test` is not touched. The network is EfficientNet-B0 without
 its last two stages, width 0.25, depth 0.5, stride 1 in the stem, no dropout and no drop path. Batches of 64 to 1,024 of
-4,000 images stand for the papers' 4k to 64k of 1.28 million.
+4,000 images stand for the papers' 4k to 64k of 1.28 million; `thousands` takes 256 to 8,192 of 32,000, at 10 px.
 
 The published rates are for 350 epochs of ImageNet. One multiplier for each optimizer is chosen at batch 64 on a seed of
 its own, among three (`rate`); every other rate follows from it linearly with the batch. Where that broke down, at batch
@@ -54,7 +54,7 @@ PUBLISHED = {
     "half": "graphcore_b0_half_resolution",
 }
 IMAGES, SEARCH = 4000, 2000
-"""Of the training images: to learn from, to be scored on."""
+"""Of the training images: to learn from (at least; `thousands` has more), to be scored on."""
 RATE_SEED = 100
 SIZES = 16, 20, 24, 28, 32, 36
 """Pixels a side at which a trained network is tested."""
@@ -93,6 +93,14 @@ FEW = {"epochs": 4, "images": 1000, "batch": 4, "factor": 4.0}
 """The rate at 4 images is that at 64 times sqrt(4 / 64): the linear rule leaves it too low to learn in 1,000 steps."""
 FULL = {"epochs": 5, "pixels": 28}
 STAGES = {**FULL, "recipe": "half", "sizes": SIZES}
+
+
+def thousands(recipe: str, batch: int, **options) -> Variant:
+    """Of 32,000 images. No average of the weights: over 20 steps it would be one of the start; and batch norm's running
+    statistics look back over as many images whatever the batch."""
+    changed = {"changes": {"ema": None}, "style": {"momentum": 1 - 0.9 ** (batch / 256)}}
+    return Variant(recipe=recipe, batch=batch, epochs=5, images=32_000, pixels=10, **changed, **options)
+
 
 ABLATIONS: dict[str, dict[str, Variant]] = {
     "rate": {
@@ -142,6 +150,16 @@ ABLATIONS: dict[str, dict[str, Variant]] = {
         "rmsprop 1024, no average": Variant(**LARGEST, changes={"ema": None}),
         "lars 1024 x10, no average": Variant(**LARGEST, **LARS, rate=10.0, changes={"ema": None}),
     },
+    "rate at 8192": {
+        f"{name} x{rate:.3g}": thousands(name, 8192, rate=rate)
+        for name, rates in (("rmsprop", (1 / 3, 1.0, 3.0)), ("lars", (1.0, 3.0, 10.0)))
+        for rate in rates
+    },
+    "thousands": {
+        f"{name} {batch}": thousands(name, batch, tuned_at=tuned_at)
+        for batch, tuned_at in ((256, 64), (1024, 1024), (8192, 8192))
+        for name in ("rmsprop", "lars")
+    },
     "decay": {
         "polynomial": Variant(**LARS, batch=256),
         "exponential": Variant(**LARS, batch=256, changes={"schedule": "exponential"}),
@@ -167,10 +185,10 @@ STEPS = {
 
 @cache
 def task_of(pixels: int, images: int) -> Task:
-    task = open_task(
-        "fashion-mnist", resolution=pixels, limit=IMAGES + SEARCH, search_fraction=SEARCH / (IMAGES + SEARCH)
-    )
-    order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(0))
+    most = max(IMAGES, images)
+    limit = most + SEARCH
+    task = open_task("fashion-mnist", resolution=pixels, limit=limit, search_fraction=SEARCH / limit)
+    order = torch.randperm(most, generator=torch.Generator().manual_seed(0))
     task.splits["train"] = task.splits["train"].subset(order[:images].sort().values)
     return task.without_test()
 

@@ -1,5 +1,6 @@
 """Shared by the tests of the core: a small space with every kind of nesting."""
 
+import functools
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -7,14 +8,37 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
+from netsmith.cost.latency import calibrate
+from netsmith.cost.meter import measure
 from netsmith.decisions import OneOf, Places, Rule, Width
+from netsmith.ship.gate import gate
+from netsmith.ship.layers import layers
 
 if torch.backends.cpu.get_cpu_capability() == "AVX2":
     # oneDNN 3.13.3 (PyTorch 2.15) corrupts memory there when cells of four channels train; its older kernels do not.
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX")
 torch.set_num_threads(1)  # two threads on a busy core wait for each other: ten times the time
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_measurements() -> Iterator[None]:
+    """A measurement ends when it has settled, which on a busy machine it never does: then all of its time is spent."""
+    with pytest.MonkeyPatch.context() as patch:
+        for timed in (measure, calibrate, gate, layers):
+            assert timed.__kwdefaults__ is not None
+            patch.setitem(timed.__kwdefaults__, "seconds", 1.0)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_list_of_operators() -> Iterator[None]:
+    """The exporter makes its list of 500 operators anew for each file, a third of the time that it takes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,8 @@
 """`netsmith compress`, whole: a network of one's own is made to keep a budget, and what cannot be is said in a line."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import onnx
 import pytest
@@ -10,6 +12,7 @@ from torch import nn
 
 from netsmith import load, pipeline
 from netsmith.blocks.quantized import is_int8
+from netsmith.chain import begin_chain, factors
 from netsmith.cli import main
 from netsmith.compression import gained, prepare_compression
 from netsmith.errors import UserError
@@ -108,6 +111,92 @@ def test_int8_through_a_kill_to_a_file_that_is_smaller(place, monkeypatch, capsy
     assert abs(result["metric"]["test"] - result["metric"]["test_exported"]) < 0.01
     assert abs(result["metric"]["test"] - result["reference"]["metric"]["test"]) < 0.02  # 8 bits, without training
     assert result["parity_max_abs_diff"] > 0
+
+
+def test_a_chain_through_a_kill_to_one_file(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    made = open_space("module:tiny_network:wide", classes=10, channels=1, resolution=8)
+    train(made, open_task("digits"), Recipe(epochs=3, batch_size=64), split="trainval")
+    save_file(made.state_dict(), "whole.safetensors")
+    Path("asked.yaml").write_text("method_options: {smcp: {epochs: 2}}\n")
+    given = ["--config", "asked.yaml", "--task", "digits", "--weights", "whole.safetensors", "--baselines"]
+    given += ["--method", "smcp,mixed_precision", "--budget", "file<=0.3x", "--epochs", "0", "--out", "chain"]
+    gate, judged = pipeline.gate, []
+
+    def killed(*args, **options):
+        judged.append(args)
+        if len(judged) == 4:  # the original and the pruned network are judged, and the latter as an original
+            raise KeyboardInterrupt
+        return gate(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "gate", killed)
+        assert main(["compress", "module:tiny_network:wide", *given]) == 130
+    assert "netsmith compress --resume chain" in capsys.readouterr().err
+    assert main(["compress", "--resume", "chain", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    before, (pruned, quantized) = result["reference"]["cost"], [stage["cost"] for stage in result["stages"]]
+    assert [stage["method"] for stage in result["stages"]] == ["smcp", "mixed_precision"]
+    assert before["params"] == sum(parameter.numel() for parameter in made.parameters())
+    assert before["params"] > pruned["params"] == quantized["params"]
+    assert before["file_bytes"] > pruned["file_bytes"] > quantized["file_bytes"]
+    assert quantized["file_bytes"] == Path("chain", "model.onnx").stat().st_size <= 0.3 * before["file_bytes"]
+    assert result["relative"]["file"] == quantized["file_bytes"] / before["file_bytes"]
+    network = load(Path("chain"))
+    assert sum(parameter.numel() for parameter in network.parameters()) == quantized["params"]
+    assert any(is_int8(part) for part in network.modules())
+    (repeated,) = (line for line in Path("chain", "chain.yaml").read_text().splitlines() if line.startswith("method:"))
+    assert repeated == "method: smcp,mixed_precision"
+
+
+def test_a_chain_that_is_none(place, monkeypatch, tmp_path):
+    monkeypatch.chdir(place)
+    chain = asked(weights=Path("weights.safetensors"), method="smcp,mixed_precision", out=tmp_path / "chain")
+    for changed, sentence in [
+        ({"method": "smcp,mixed_precison"}, "did you mean 'mixed_precision'"),
+        ({"method_options": {"lana": {}}}, "method_options.lana: no method of the chain smcp,mixed_precision"),
+        ({"budget": ("file<=0.5x,0.3x",)}, "asks for a front; a chain makes one network"),
+        ({"pool": "bits"}, "pool was given"),
+        ({"search_epochs": 1}, "search_epochs was given"),
+    ]:
+        with pytest.raises(UserError, match=sentence):
+            begin_chain(replace(chain, **changed))
+        assert not (tmp_path / "chain").exists()
+    assert begin_chain(chain) == begin_chain(chain) == tmp_path / "chain"
+    with pytest.raises(UserError, match="is another chain"):
+        begin_chain(replace(chain, budget=("file<=0.4x",)))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").touch()
+    with pytest.raises(UserError, match="is not empty and is no chain of netsmith"):
+        begin_chain(replace(chain, out=tmp_path / "full"))
+
+
+def test_what_no_method_can_do_costs_nothing_that_was_made(place, monkeypatch, tmp_path):
+    """The last run of a chain is discarded alone."""
+    (tmp_path / "before").mkdir()
+    (tmp_path / "chain.yaml").touch()
+    weights = place / "weights.safetensors"
+    monkeypatch.chdir(place)
+    with prepare_compression(asked(weights=weights, out=tmp_path), beside=("chain.yaml", "before")) as run:
+        assert (tmp_path / "problem.yaml").exists()
+        run.discard()
+    assert {file.name for file in tmp_path.iterdir()} == {"chain.yaml", "before"}
+
+
+@pytest.mark.parametrize(
+    ("share", "least", "found"),
+    [
+        (0.25, [0.0, 0.0], [0.5, 0.5]),
+        (0.125, [0.1, 0.1, 0.1], [0.5, 0.5, 0.5]),
+        (0.25, [0.1, 0.5], [0.25 / 0.55, 0.55]),
+        (0.25, [0.1, 1.0], [0.25, 1.0]),
+        (0.04, [0.1, 0.5, 0.9], [0.04 / 0.55 / 0.99, 0.55, 0.99]),
+        (0.01, [0.5, 0.5], [0.1, 0.1]),
+        (2.0, [0.1, 0.1], [1.0, 1.0]),
+    ],
+)
+def test_what_one_method_cannot_do_the_others_take(share, least, found):
+    assert factors(share, least) == pytest.approx(found)
 
 
 def test_a_pool_of_another_method_is_refused(place, monkeypatch, tmp_path):

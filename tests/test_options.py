@@ -225,8 +225,8 @@ def test_a_wrong_question_leaves_no_folder(tmp_path, change, said):
 def test_folders_are_numbered(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number in (1, 2):  # the first is taken as soon as it is named
-        assert next_folder(SearchOptions()) == Path(f"runs/digits-prunet-{number}")
+        assert next_folder("digits", "prunet") == Path(f"runs/digits-prunet-{number}")
     (tmp_path / "cats").mkdir()
     monkeypatch.chdir(tmp_path / "cats")
-    assert next_folder(SearchOptions(task="folder:.")) == Path("runs/cats-prunet-1")
-    assert next_folder(SearchOptions(task="folder:/data/cats", method="fbnet")) == Path("runs/cats-fbnet-1")
+    assert next_folder("folder:.", "prunet") == Path("runs/cats-prunet-1")
+    assert next_folder("folder:/data/cats", "fbnet") == Path("runs/cats-fbnet-1")

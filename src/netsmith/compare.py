@@ -109,7 +109,7 @@ def prepare_comparison(options: CompareOptions, *, command: Sequence[str] = ()) 
     for name, space in own["spaces"].items():
         check_searchable(name, _opened(problem, space), space, given[name])
     problem = {key: value for key, value in problem.items() if key not in ("method", "seed", "baselines")} | own
-    return Run.create(options.out or next_folder(options), problem)
+    return Run.create(options.out or next_folder(options.task), problem)
 
 
 def _elsewhere(given: Mapping[str, dict[str, Any]], problem: dict[str, Any], *, named: bool) -> dict[str, str]:

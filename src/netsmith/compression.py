@@ -40,8 +40,9 @@ class Original(NamedTuple):
     """The task it has learnt, where its run says so: `task`, `data`, `resolution`."""
 
 
-def prepare_compression(options: CompressOptions, *, command: Sequence[str] = ()) -> Run:
-    """A new run that asks what ``options`` ask, with the original's weights in its folder.
+def prepare_compression(options: CompressOptions, *, command: Sequence[str] = (), beside: Sequence[str] = ()) -> Run:
+    """A new run that asks what ``options`` ask, with the original's weights in its folder. ``beside``: names of what
+    may lie there already.
 
     Raises: UserError for a network, weights or a task that is not there or do not fit together, and for what
     `prepare` refuses.
@@ -75,7 +76,7 @@ def prepare_compression(options: CompressOptions, *, command: Sequence[str] = ()
     shape = {"classes": opened.classes, "channels": opened.channels, "resolution": opened.resolution}
     fit(source(original.of, **shape), original.weights, f"the weights do not fit {original.of['space']}")
     problem = problem_of(search, command)
-    run = Run.create(options.out or next_folder(search), problem)
+    run = Run.create(options.out or next_folder(task, options.method), problem, beside=beside)
     if not (run.path / CARRIED).exists():
         _write(original.weights, run.path / CARRIED)
     return run
@@ -143,7 +144,7 @@ def gained(result: Mapping[str, Any], asked: Sequence[str]) -> str:
     original = result["reference"]["cost"]
     for point, budgets in zip(result.get("front", [result]), parse_budgets(asked), strict=True):
         for budget in budgets:
-            own, before = _cost(point["cost"], budget.metric), _cost(original, budget.metric)
+            own, before = cost_of(point["cost"], budget.metric), cost_of(original, budget.metric)
             if own is None or before is None:
                 continue
             unit = next(b["unit"] for b in point["budgets"] if b["metric"] == budget.metric)
@@ -155,7 +156,8 @@ def gained(result: Mapping[str, Any], asked: Sequence[str]) -> str:
     return ""
 
 
-def _cost(cost: Mapping[str, Any], metric: str) -> float | None:
+def cost_of(cost: Mapping[str, Any], metric: str) -> float | None:
+    """What a `result.json` has under the ``cost`` of a network, by the metric of a budget; None: not known."""
     names = {"latency": "latency_ms", "peak_memory": "peak_memory_bytes", "file": "file_bytes"}
     found = cost.get(names.get(metric, metric))
     return found["median"] if isinstance(found, dict) else found

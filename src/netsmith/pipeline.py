@@ -274,7 +274,7 @@ def _judged(
         job.reference["cost"],
         predicted_ms=job.problem.latency.of(architecture),
         predicted_layers=job.latency.by_layer(architecture),
-        layer_seconds=5.0 if with_layers else 0.0,
+        with_layers=with_layers,
     )
 
 

@@ -11,7 +11,7 @@ from netsmith.cost.budget import parse_budgets
 from netsmith.cost.device import Device, TorchCuda, parse_device
 from netsmith.errors import UserError, unknown
 from netsmith.methods import METHODS, check_searchable, make_method, method_class
-from netsmith.options import RECORDED, CompareOptions, SearchOptions, checked
+from netsmith.options import RECORDED, SearchOptions, checked
 from netsmith.run import Run
 from netsmith.spaces import FROM_MODEL, SPACES, open_space, space_defaults
 from netsmith.tasks import IN_FOLDERS, TASKS, open_task
@@ -34,7 +34,7 @@ def prepare(options: SearchOptions, folder: str | Path | None = None, *, command
     """
     check(options)
     problem = problem_of(options, command)
-    return Run.create(folder or options.out or next_folder(options), problem)
+    return Run.create(folder or options.out or next_folder(options.task, options.method), problem)
 
 
 def open_run(folder: Path) -> Run:
@@ -198,12 +198,11 @@ def absolute_task(name: str) -> str:
     return f"{kind}:{Path(place).expanduser().absolute()}"
 
 
-def next_folder(options: SearchOptions | CompareOptions) -> Path:
-    """runs/TASK-METHOD-NUMBER (runs/compare-TASK-NUMBER) with the first number that is free; the folder is made, so
-    that it is nobody else's."""
-    given = options.task
-    task = Path(given.partition(":")[2]).resolve().name if given.startswith(IN_FOLDERS) else given
-    name = f"{task}-{options.method}" if isinstance(options, SearchOptions) else f"compare-{task}"
+def next_folder(task: str, method: str = "") -> Path:
+    """runs/TASK-METHOD-NUMBER (runs/compare-TASK-NUMBER without a method) with the first number that is free; the
+    folder is made, so that it is nobody else's."""
+    task = Path(task.partition(":")[2]).resolve().name if task.startswith(IN_FOLDERS) else task
+    name = f"{task}-{method}" if method else f"compare-{task}"
     number = 1
     while True:
         folder = Path("runs", f"{name}-{number}")

@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,9 @@ class Run:
     """Set it to see how far the work is: (what, done, to do, newest number). Does nothing as it comes."""
 
     @classmethod
-    def create(cls, path: str | Path, problem: dict[str, Any]) -> Run:
-        """Start a run in a new or empty folder; where the same problem has a run already, continue that one.
+    def create(cls, path: str | Path, problem: dict[str, Any], *, beside: Sequence[str] = ()) -> Run:
+        """Start a run in a new or empty folder (but for what is called one of ``beside``); where the same problem has a
+        run already, continue that one.
 
         UserError: the folder holds something else, another problem's run, or a run that another process has open.
         """
@@ -55,13 +56,16 @@ class Run:
         text = dump_yaml({"format": FORMAT, **problem})
         if not (path / "problem.yaml").exists():
             # What a creation that was killed leaves behind (the lock, a temporary file) counts as nothing.
-            if path.exists() and (not path.is_dir() or any(not _ours(file) for file in path.iterdir())):
+            if path.exists() and (
+                not path.is_dir() or any(not _ours(f) for f in path.iterdir() if f.name not in beside)
+            ):
                 raise UserError(f"{path} is not empty and is no run of netsmith: give a new or an empty folder")
             with _room_for(path):
                 path.mkdir(parents=True, exist_ok=True)
             with _Lock(path), _writing(path / "problem.yaml") as temporary:
                 temporary.write_text(text, encoding="utf-8")
         run = cls.open(path)
+        run._beside = beside
         if _asked(run.problem) != _asked(load_yaml(dump_yaml(problem))):
             run.close()
             raise UserError(f"{path} is the run of another problem (see its problem.yaml): give a new folder")
@@ -89,6 +93,7 @@ class Run:
 
     def __init__(self, path: Path, problem: dict[str, Any]):
         self.path, self.problem = path, problem
+        self._beside: Sequence[str] = ()
         self.progress = lambda name, done, total, note: None
         self._kept = 0  # bytes of events that a mere difference must not cut off
         self._at: int | None = None  # how far into the events this process has come; None: it has not touched them
@@ -208,8 +213,15 @@ class Run:
             temporary.write_text(dump_yaml({"format": FORMAT, **self.problem}), encoding="utf-8")
 
     def discard(self) -> None:
-        """Delete the folder, unless something has been searched or trained in it: a run that can have no result."""
-        if not {file.stem for file in self.path.glob("stages/*.json")} - {"profile", "reference"}:
+        """Delete the folder, but for what lies beside the run in it, unless something has been searched or trained: a
+        run that can have no result."""
+        if {file.stem for file in self.path.glob("stages/*.json")} - {"profile", "reference"}:
+            return
+        if any(self.path.joinpath(name).exists() for name in self._beside):
+            for file in self.path.iterdir():
+                if file.name not in self._beside:
+                    shutil.rmtree(file) if file.is_dir() else file.unlink()
+        else:
             shutil.rmtree(self.path, ignore_errors=True)  # what is in it, where it is the current one
 
     def __enter__(self) -> Run:

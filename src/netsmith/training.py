@@ -239,7 +239,10 @@ def make_recipe(options: TrainingOptions, task: Task, device: str, images: int) 
     precision = options.precision or ("bf16" if device == "cuda" else "fp32")
     own = {"accumulate": options.accumulate, "norm_replicas": options.norm_replicas, "precision": precision}
     recipe = replace(recipe, **own)
-    return checked(Recipe, {**asdict(recipe), **options.recipe_options}, "recipe_options")
+    recipe = checked(Recipe, {**asdict(recipe), **options.recipe_options}, "recipe_options")
+    if not recipe.epochs:
+        raise UserError("recipe_options.epochs is 0; allowed: 1 or more")
+    return recipe
 
 
 def task_of(problem: dict[str, Any]) -> Task:
@@ -260,7 +263,7 @@ def judged(run: Run, network: nn.Module, task: Task) -> dict:
     file = export(network, task.input_shape, run.path / "model.onnx", architecture={}, task=task.without_test())
     device = parse_device("ort-cpu")
     timed = {"name": device.name, "fingerprint": device.fingerprint(), "versions": device.versions()}
-    return {**gate(network, file, task, device, [], layer_seconds=0.0).to_json(), "device": timed}
+    return {**gate(network, file, task, device, [], with_layers=False).to_json(), "device": timed}
 
 
 def ship_trained(folder: Path, say: Say) -> dict:

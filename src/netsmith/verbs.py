@@ -107,7 +107,7 @@ class Search(SearchOptions):
         return self._search(prepare(options, command=["netsmith", *sys.argv[1:]]))
 
     def _search(self, run: Run) -> Answer:
-        with run, resumable(run), Console() as say:
+        with run, resumable(run.path), Console() as say:
             from netsmith.pipeline import search
 
             say.line(
@@ -142,19 +142,37 @@ class Compress(CompressOptions):
         if self.resume is not None:
             if replace(self, resume=None, json=False) != Compress.before([]):
                 raise UserError(f"--resume takes no other options: {self.resume / 'problem.yaml'} says what was asked")
+            from netsmith.chain import CHAIN
             from netsmith.prepare import open_run
 
+            if (self.resume / CHAIN).exists():
+                return self._in_turn(self.resume)
             return self._compress(open_run(self.resume))
+        from netsmith.chain import SEPARATOR, begin_chain
         from netsmith.compression import prepare_compression
 
         options = given(CompressOptions, self, self.unless_given)
+        if SEPARATOR in options.method:
+            return self._in_turn(begin_chain(options))
         return self._compress(prepare_compression(options, command=["netsmith", *sys.argv[1:]]))
+
+    def _in_turn(self, folder: Path) -> Answer:
+        from netsmith.chain import asked_of, compress_in_turn, in_words
+        from netsmith.compression import gained
+
+        with resumable(folder, "compress"), Console() as say:
+            place, result = compress_in_turn(folder, say)
+            answer = finished(place, result)
+            if answer.broken:
+                return answer
+            lines = [answer.lines[0], *in_words(result), *answer.lines[1:]]
+            return replace(answer, lines=lines, broken=gained(result, asked_of(folder).budget))
 
     def _compress(self, run: Run) -> Answer:
         from netsmith.compression import gained
         from netsmith.pipeline import search
 
-        with run, resumable(run, "compress"), Console() as say:
+        with run, resumable(run.path, "compress"), Console() as say:
             of = run.problem["space_options"]["of"]["space"]
             say.line(f"{run.path}: {run.problem['method']} for {of}, {', '.join(run.problem['budget'])}")
             result = search(run, say)
@@ -198,7 +216,7 @@ class Compare(CompareOptions):
         from netsmith.compare import compare
         from netsmith.report.comparison import tables, write_comparison
 
-        with run, resumable(run, "compare"):
+        with run, resumable(run.path, "compare"):
             with Console() as say:
                 say.line(f"{run.path}: {run.problem['methods']} for {run.problem['task']}")
                 result = compare(run, say)
@@ -257,7 +275,7 @@ class Train(TrainingOptions):
         from netsmith.pipeline import retrain
         from netsmith.prepare import open_run
 
-        with open_run(folder) as run, resumable(run), Console() as say:
+        with open_run(folder) as run, resumable(run.path), Console() as say:
             return finished(folder, retrain(run, say, self.epochs))
 
 
@@ -592,12 +610,12 @@ def planned(data: dict[str, Any]) -> list[str]:
 
 
 @contextmanager
-def resumable(run: Run, verb: str = "search") -> Iterator[None]:
+def resumable(folder: Path, verb: str = "search") -> Iterator[None]:
     """Whatever stops the work carries a note with the command that continues it."""
     try:
         yield
     except BaseException as error:
-        error.add_note(shlex.join(["netsmith", verb, "--resume", str(run.path)]))
+        error.add_note(shlex.join(["netsmith", verb, "--resume", str(folder)]))
         raise
 
 

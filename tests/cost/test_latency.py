@@ -162,7 +162,7 @@ def test_an_option_without_entry_is_an_error_and_a_fixed_part_only_without_a_con
 @pytest.mark.parametrize("name", ["fbnet_small", "prunet_small"])
 def test_calibration_networks_cover_the_range(name: str):
     with torch.device("meta"):
-        supernet = open_space(name)
+        supernet = open_space(name, depth=2)
     raw, lines = tabulate(supernet, Macs(), (3, 32, 32)), outline(supernet)
     low, high = (raw.of(extreme(raw.options, lines.parents, largest=largest)) for largest in (False, True))
     costs = [raw.of(network) for network in calibration_networks(supernet, 0, 16, raw)]

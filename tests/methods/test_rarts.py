@@ -72,14 +72,13 @@ def rounds(method: RARTS, count: int, monkeypatch, each=lambda searcher: None) -
     return searcher
 
 
-@pytest.mark.parametrize("order", ["gauss_seidel", "jacobi"])
 @pytest.mark.parametrize(
-    ("weight", "coupling", "solution"),
+    ("order", "weight", "coupling", "solution"),
     [
-        (10, 10, (1.081081, 1.027027, 0.918919)),
-        (5, 20, (1.081081, 0.972973, 0.918919)),
-        (10, 1, (2.105263, 2.0, -0.105263)),
-        (1, 1, (4.0, 2.0, -2.0)),
+        ("gauss_seidel", 10, 10, (1.081081, 1.027027, 0.918919)),
+        ("jacobi", 5, 20, (1.081081, 0.972973, 0.918919)),
+        ("gauss_seidel", 10, 1, (2.105263, 2.0, -0.105263)),
+        ("jacobi", 1, 1, (4.0, 2.0, -2.0)),
     ],
 )
 def test_the_solvable_model_ends_at_its_fixed_point(order, weight, coupling, solution, monkeypatch):

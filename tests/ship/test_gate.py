@@ -65,7 +65,7 @@ def takes(monkeypatch) -> Callable:
 
 def judge(network, file, task, *budgets: str, device=None, **options):
     parsed = [Budget.parse(text) for text in budgets]
-    return gate(network, file, task, device or OrtCpu(), parsed, layer_seconds=0, **options)
+    return gate(network, file, task, device or OrtCpu(), parsed, seconds=10.0, with_layers=False, **options)
 
 
 def test_a_kept_latency(network, file, task, takes):
@@ -293,7 +293,7 @@ def test_measured_layers_are_differences(network, task, monkeypatch):
 
 def test_really_measured(network, file, task):
     """No fake: the whole gate on this machine."""
-    verdict = gate(network, file, task, OrtCpu(), [Budget.parse("latency<=1s")], seconds=0.5, layer_seconds=0.5)
+    verdict = gate(network, file, task, OrtCpu(), [Budget.parse("latency<=1s")], seconds=0.5)
     assert verdict.kept
     total = sum(layer.measured_ms or 0 for layer in verdict.layers)
     assert verdict.latency is not None

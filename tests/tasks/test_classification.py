@@ -132,10 +132,14 @@ def test_shift_and_flip_equals_crops_made_one_by_one():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_randaugment_and_random_crops_leave_the_global_generator_alone(channels):
+def test_augmentation_leaves_the_global_generator_alone(channels):
     images = torch.randint(0, 256, (20, channels, 70, 70), dtype=torch.uint8)
     state = torch.get_rng_state()
-    for change in (lambda n: augment.randaugment(images, 9, n), lambda n: augment.crop_and_flip(images, 64, True, n)):
+    for change in (
+        lambda n: augment.randaugment(images, 9, n),
+        lambda n: augment.autoaugment(images, n),
+        lambda n: augment.crop_and_flip(images, 64, True, n),
+    ):
         numbers = [augment.draws(len(images), torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
         first, second, other = map(change, numbers)
         assert first.equal(second)
@@ -170,7 +174,7 @@ def test_crops_on_a_grid_are_those_made_one_by_one():
 @pytest.mark.parametrize("resolution", [8, 64])
 def test_parts_of_a_batch_are_the_batch_to_the_bit(resolution):
     task = open_task("digits", limit=100, resolution=resolution)
-    options = {"train": True, "seed": 3, "epoch": 1, "randaugment": 5, "mirror": True}
+    options = {"train": True, "seed": 3, "epoch": 1, "randaugment": 5, "autoaugment": True, "mirror": True}
     whole = list(task.batches("trainval", 30, **options))
     assert [len(labels) for _, labels in whole] == [25, 25, 25, 25]
     for parts in (2, 3, 7):

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from netsmith.errors import UserError
-from netsmith.options import SearchOptions
 from netsmith.prepare import next_folder
 from netsmith.tasks import open_task
 from netsmith.tasks.classification import Split
@@ -404,4 +403,4 @@ def test_bad_folders(tmp_path, shards):
 
 def test_runs_are_named_after_the_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert str(next_folder(SearchOptions(task="shards:/data/birds/"))) == "runs/birds-prunet-1"
+    assert str(next_folder("shards:/data/birds/", "prunet")) == "runs/birds-prunet-1"

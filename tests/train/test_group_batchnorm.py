@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import nn
 
 from netsmith.errors import UserError
-from netsmith.train.group_batchnorm import agree, contiguous, group_size, over_groups, tiles
+from netsmith.train.group_batchnorm import agree, contiguous, group_size, groups_of, over_groups, tiles
+from netsmith.train.recipe import Recipe
 
 IMAGES, CHANNELS = 3, 4
 
@@ -34,6 +35,14 @@ def test_tiles_are_a_partition(tile, cores):
     groups = tiles(4, 8, tile, cores)
     assert sorted(rank for group in groups for rank in group) == list(range(32 * cores))
     assert {len(group) for group in groups} == {tile[0] * tile[1] * cores}
+
+
+def test_a_recipe_says_who_is_joined():
+    assert groups_of(Recipe(norm_replicas=2), 4) == contiguous(4, 2)
+    assert groups_of(Recipe(batch_size=65_536), 1024) == contiguous(1024, 2)
+    assert groups_of(Recipe(norm_mesh=(4, 4), norm_tile=(2, 2)), 32) == tiles(4, 4, (2, 2), cores=2)
+    with pytest.raises(UserError, match="6 replicas cannot be shared out evenly to a mesh of 2x2 chips"):
+        groups_of(Recipe(norm_mesh=(2, 2), norm_tile=(1, 1)), 6)
 
 
 def test_groups_that_do_not_divide():

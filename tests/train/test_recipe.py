@@ -1,5 +1,6 @@
 """Recipes, schedules, optimizers and the averaged weights, against numbers worked out by hand."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,18 +27,26 @@ from netsmith.train.schedules import factor
         ("precision", "fp16"),
         ("distillation", 2.0),
         ("randaugment", 31),
+        ("norm_tile", (0, 2)),
     ],
 )
 def test_values_out_of_range_are_refused(field, value):
-    with pytest.raises(UserError, match=f"recipe.{field} is {value!r}; allowed:"):
+    with pytest.raises(UserError, match=re.escape(f"recipe.{field} is {value!r}; allowed:")):
         replace(Recipe(), **{field: value})
+
+
+def test_tiles_and_the_mesh_belong_together():
+    with pytest.raises(UserError, match="belong together"):
+        Recipe(norm_tile=(2, 2))
+    with pytest.raises(UserError, match="were both given"):
+        Recipe(norm_tile=(2, 2), norm_mesh=(4, 4), norm_replicas=2)
 
 
 def test_the_default_looks_at_the_task():
     def of(images, resolution):
         return Recipe.default(SimpleNamespace(splits={"trainval": range(images)}, resolution=resolution))  # pyright: ignore
 
-    assert of(1442, 8).epochs == 10
+    assert of(1442, 8).epochs == 8
     assert of(10_000, 32).epochs == 40
     assert of(60_000, 28).epochs == 15
     assert of(60_000, 28).batch_size > of(10_000, 32).batch_size

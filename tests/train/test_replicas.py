@@ -116,7 +116,7 @@ def test_batch_norm_over_fewer_replicas_is_something_else(tmp_path):
     with pytest.raises(AssertionError):
         assert_equal(first, alone)
     (grouped, *_) = train_with(4, tmp_path, replace(RECIPE, norm_replicas=2))
-    (tiled, *_) = train_with(4, tmp_path, RECIPE, groups=[[0, 1], [2, 3]])
+    (tiled, *_) = train_with(4, tmp_path, replace(RECIPE, norm_mesh=(2, 1), norm_tile=(1, 1)))
     assert_equal(grouped, tiled)
 
 

@@ -26,12 +26,12 @@ def slim(network: nn.Module, groups: Mapping[str, Group], keep: Mapping[str, Ten
             raise UserError(f"there is no group {name!r}; groups: {', '.join(groups)}")
         if not len(kept) or int(kept.min()) < 0 or int(kept.max()) >= groups[name].size:
             raise UserError(f"of the {groups[name].size} channels of {name!r} {kept.tolist()} cannot be kept")
-        gone = torch.ones(groups[name].size, dtype=torch.bool)
+        gone = kept.new_ones(groups[name].size, dtype=torch.bool)  # numbers, also where the network has none
         gone[kept] = False
         for use in groups[name].uses:
             place = use.tensor, use.dim
             if place not in left:
-                left[place] = torch.ones(state[use.tensor].shape[use.dim], dtype=torch.bool)
+                left[place] = gone.new_ones(state[use.tensor].shape[use.dim])
             left[place][use.positions[gone].reshape(-1)] = False
     cut: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for (tensor, dim), stays in left.items():

@@ -101,7 +101,7 @@ def gate(
     predicted_ms: float | None = None,
     predicted_layers: Mapping[str, float] | None = None,
     seconds: float = 10.0,
-    layer_seconds: float = 10.0,
+    with_layers: bool = True,
 ) -> Verdict:
     """Judge the file that `ship.export` made of ``network``; both are left as they are.
 
@@ -113,7 +113,7 @@ def gate(
         predicted_layers: milliseconds by the names of the network's layers.
         seconds: bounds the timing; what is not clearly within the limit is timed once more for three times as long,
             and that stands: other work on the machine can only add to a time.
-        layer_seconds: for timing layer by layer; 0 leaves that out.
+        with_layers: the network is timed layer by layer as well.
 
     Raises: UserError for a file that cannot be loaded, a relative budget without reference, a latency budget on a
         table without ``predicted_ms``, or a peak memory budget on a network that cannot be traced. A broken budget
@@ -143,7 +143,7 @@ def gate(
     ]
     kept = agreement.holds and all(budget.kept for budget in judged)
     relative = {name: value / reference[name] for name, value in costs.items() if value and reference.get(name)}
-    timed = device if runs and layer_seconds > 0 else None
+    timed = device if runs and with_layers else None
     return Verdict(
         kept=kept,
         sentence=_sentence(kept, judged, agreement, measured),
@@ -154,7 +154,7 @@ def gate(
         latency=measured,
         predicted_ms=predicted_ms,
         relative=relative,
-        layers=layers(plain, shape, timed, predicted=predicted_layers, seconds=layer_seconds),
+        layers=layers(plain, shape, timed, predicted=predicted_layers),
     )
 
 

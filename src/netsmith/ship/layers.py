@@ -39,7 +39,7 @@ def layers(
     device: Device | None = None,
     *,
     predicted: Mapping[str, float] | None = None,
-    seconds: float = 10.0,
+    seconds: float = 5.0,
 ) -> list[Layer]:
     """The layers of nested `nn.Sequential`s, lists and cells in the order they run, as shipped: a norm or an activation
     is a piece of the layer before it, and what does nothing is left out. ``predicted``: milliseconds by name; what has

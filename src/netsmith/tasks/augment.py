@@ -7,7 +7,7 @@ what one that sees all of them would.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 DOWN, RIGHT, MIRROR, AREA, RATIO, OPERATION = range(6)
 """Which of an image's numbers decides what."""
 GROUP = 8
-"""Neighbours in the (shuffled) batch share RandAugment's operations: alone, each image would cost 0.7 ms."""
+"""Neighbours in the (shuffled) batch share the operations of a policy: alone, each image would cost 0.7 ms."""
 
 
 def draws(n: int, generator: torch.Generator) -> Tensor:
@@ -90,7 +90,17 @@ def randaugment(images: Tensor, magnitude: int, numbers: Tensor) -> Tensor:
     """v2.RandAugment with two operations (Cubuk et al. 2020, arXiv:1909.13719) on `(n, C, H, W)` uint8."""
     from torchvision.transforms import v2  # takes 2.5 s to load
 
-    transform = v2.RandAugment(num_ops=2, magnitude=magnitude)
+    return _transformed(images, v2.RandAugment(num_ops=2, magnitude=magnitude), numbers)
+
+
+def autoaugment(images: Tensor, numbers: Tensor) -> Tensor:
+    """v2.AutoAugment, the policy for ImageNet (Cubuk et al. 2019, arXiv:1805.09501), on `(n, C, H, W)` uint8."""
+    from torchvision.transforms import v2
+
+    return _transformed(images, v2.AutoAugment(v2.AutoAugmentPolicy.IMAGENET), numbers)
+
+
+def _transformed(images: Tensor, transform: Callable[[Tensor], Tensor], numbers: Tensor) -> Tensor:
     seeds, counts = (numbers[:, OPERATION] * 2**53).long().unique_consecutive(return_counts=True)
     found = []
     for seed, group in zip(seeds.tolist(), images.split(counts.tolist()), strict=True):

@@ -130,6 +130,7 @@ class Task:
         led: bool = False,
         augmented: bool = True,
         randaugment: int = 0,
+        autoaugment: bool = False,
         mirror: bool | None = None,
         resolution: int | None = None,
         device: str | torch.device = "cpu",
@@ -140,8 +141,8 @@ class Task:
         With `train` the images are shuffled and, where `augmented`, changed by draws that depend on seed, epoch, batch
         number and place in the batch alone; the global generator is left as it was. Batches are as equal as they can
         be, `batch_size` or just less, so that none is too small for batch norm. `randaugment` is RandAugment's
-        magnitude, 0 for none; `mirror` says whether half of the images are mirrored, None: as `flip` says.
-        `resolution`: pixels a side, in place of the task's own.
+        magnitude, 0 for none; `autoaugment` asks for AutoAugment's policy for ImageNet; `mirror` says whether half of
+        the images are mirrored, None: as `flip` says. `resolution`: pixels a side, in place of the task's own.
 
         `first`: the number of the batch to begin with. `part`: (i, n) for the i-th of n parts of each batch, which
         differ by one image at most and together are the batch, to the bit; `led` puts before them the image that comes
@@ -161,6 +162,8 @@ class Task:
             if train and augmented:
                 numbers = augment.draws(len(chosen[number]), _generator(seed, epoch, first + number))[places[number]]
                 pixels = self._augmented(pixels, numbers, size, self.flip if mirror is None else mirror)
+                if autoaugment:
+                    pixels = augment.autoaugment(pixels, numbers)
                 if randaugment:
                     pixels = augment.randaugment(pixels, randaugment, numbers)
             else:

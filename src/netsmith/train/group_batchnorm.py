@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from netsmith.errors import UserError
+from netsmith.train.recipe import Recipe
 
 TARGET = 128
 """Images that a group normalises over, as in the official code (`batch_norm_batch_size`)."""
@@ -69,6 +70,16 @@ def tiles(rows: int, columns: int, tile: tuple[int, int], cores: int = 2) -> lis
         for top in range(0, rows, high)
         for left in range(0, columns, wide)
     ]
+
+
+def groups_of(recipe: Recipe, replicas: int) -> list[list[int]]:
+    """The ranks that batch norm joins, of so many ``replicas``. Raises: UserError where they do not divide."""
+    if recipe.norm_tile is None or recipe.norm_mesh is None:
+        return contiguous(replicas, recipe.norm_replicas or group_size(replicas, recipe.batch_size))
+    rows, columns = recipe.norm_mesh
+    if replicas % (rows * columns):
+        raise UserError(f"{replicas} replicas cannot be shared out evenly to a mesh of {rows}x{columns} chips")
+    return tiles(rows, columns, recipe.norm_tile, replicas // (rows * columns))
 
 
 def over_groups(network: nn.Module, groups: Sequence[Sequence[int]], *, biased: bool = False) -> nn.Module:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from netsmith.errors import UserError
 from netsmith.tasks.classification import Task, share, steps
 from netsmith.train.allocator import keep_freed_memory
 from netsmith.train.checkpoint import load_state, save_state
-from netsmith.train.group_batchnorm import agree, contiguous, group_size, over_groups, plain
+from netsmith.train.group_batchnorm import agree, groups_of, over_groups, plain
 from netsmith.train.optimizers import Average, make_optimizer
 from netsmith.train.recipe import Recipe, stage
 from netsmith.train.replicas import ALONE, Replica
@@ -48,7 +48,6 @@ def train(
     on_epoch: Callable[[dict[str, float]], None] | None = None,
     device: str | torch.device = "cpu",
     replica: Replica = ALONE,
-    groups: Sequence[Sequence[int]] | None = None,
     save_every: int | None = None,
     watch: str | None = None,
     loaders: int = 0,
@@ -61,9 +60,8 @@ def train(
     same number of threads and replicas.
 
     With several replicas, all call this with the same arguments; the first writes the checkpoint, which any number of
-    them can go on with. Batch norm is taken over `groups` of ranks (see `train/group_batchnorm.py`), by default
-    consecutive ones of `recipe.norm_replicas`. If that is all of them, the result is that of one process, up to
-    rounding and to the draws of dropout and drop path.
+    them can go on with. Batch norm is taken over groups of them (`train.group_batchnorm.groups_of`). If that is all of
+    them, the result is that of one process, up to rounding and to the draws of dropout and drop path.
 
     `watch`: a split that is scored after each epoch, with the averaged weights. `loaders`: processes that read images
     ahead, for each replica. `compiled`: through torch.compile.
@@ -82,8 +80,7 @@ def train(
         # Channels last: small networks train about twice as fast on the CPU.
         network.to(device=torch.device(device), memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     if replica.count > 1:
-        size = recipe.norm_replicas or group_size(replica.count, recipe.batch_size)
-        over_groups(module, contiguous(replica.count, size) if groups is None else groups)
+        over_groups(module, groups_of(recipe, replica.count))
     run = _Training(module, task, recipe, split, seed, teacher, torch.device(device), replica, loaders, checkpoint)
     with _own_random_numbers(run.device), _as_before(module):
         if checkpoint is not None and checkpoint.exists():
@@ -221,6 +218,7 @@ class _Training:
             led=self.mix is not None,
             augmented=self.recipe.augmented,
             randaugment=round(strength * self.recipe.randaugment),
+            autoaugment=self.recipe.autoaugment,
             mirror=self.recipe.mirror,
             resolution=size,
             device=self.device,

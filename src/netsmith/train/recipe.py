@@ -29,6 +29,10 @@ class Recipe:
     norm_replicas: int | None = None
     """Replicas whose images batch norm joins, of those that train together; none: as many as give it 128 images, all
     where there are at most 8 (tensorflow/tpu)."""
+    norm_tile: tuple[int, int] | None = None
+    """Instead: rows and columns of chips whose replicas batch norm joins, ..."""
+    norm_mesh: tuple[int, int] | None = None
+    """... on a mesh of so many rows and columns; the replicas are shared out evenly, neighbouring ranks on one chip."""
     optimizer: Literal["sgd", "adamw", "rmsprop", "lars", "lamb"] = "sgd"
     """sgd: with Nesterov momentum; rmsprop: TensorFlow's, as the EfficientNet papers mean it; lars: `train/lars.py`;
     lamb: You et al. 2020, arXiv:1904.00962."""
@@ -70,6 +74,8 @@ class Recipe:
     """Alpha of CutMix (Yun et al. 2019); 0: off. With both, a coin chooses for each batch."""
     randaugment: int = 0
     """Magnitude of RandAugment, two operations; 0: off."""
+    autoaugment: bool = False
+    """AutoAugment's policy for ImageNet (Cubuk et al. 2019); `ramp` leaves it as it is."""
     mirror: bool | None = None
     """Whether half of the training images are mirrored; none: as suits the task. Folders are taken for photographs:
     false for letters or arrows."""
@@ -103,6 +109,7 @@ class Recipe:
             (("batch_size", "accumulate", "tune_layers"), lambda v: v >= 1, "1 or more"),
             (("learning_rate", "tune_rate", "temperature", "decay_epochs", "rmsprop_eps"), lambda v: v > 0, "above 0"),
             (("rate_per", "norm_replicas"), lambda v: v is None or v >= 1, "none, or 1 or more"),
+            (("norm_tile", "norm_mesh"), lambda v: v is None or min(v) >= 1, "none, or two numbers of 1 or more"),
             (("resolutions",), lambda v: all(size >= 4 for size in v), "4 pixels or more each"),
             (("decay_at",), _rises, "epochs above 0, each later than the one before"),
             (
@@ -125,6 +132,10 @@ class Recipe:
             for name in names:
                 if not legal(value := getattr(self, name)):
                     raise UserError(f"recipe.{name} is {value!r}; allowed: {allowed}")
+        if (self.norm_tile is None) != (self.norm_mesh is None):
+            raise UserError("recipe.norm_tile and recipe.norm_mesh belong together; one of them was given")
+        if self.norm_tile and self.norm_replicas:
+            raise UserError("recipe.norm_replicas and recipe.norm_tile were both given; batch norm joins one of them")
 
     @property
     def peak(self) -> float:

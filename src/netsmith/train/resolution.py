@@ -49,6 +49,7 @@ def tuning(recipe: Recipe) -> Recipe:
         mixup=0.0,
         cutmix=0.0,
         randaugment=0,
+        autoaugment=False,
         mirror=False,
         augmented=False,
         resolutions=(),
