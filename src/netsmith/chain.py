@@ -114,7 +114,7 @@ def compress_in_turn(folder: Path, say: Say) -> tuple[Path, dict[str, Any]]:
                 costs = [(metric, cost_of(result["cost"], metric)) for metric in result["relative"]]
                 than = {metric: cost_of(reference["cost"], metric) for metric, _ in costs}
                 relative = {metric: own / other for metric, own in costs if own and (other := than[metric])}
-                result |= {"method": options.method, "reference": reference, "relative": relative, "stages": stages}
+                result |= {"reference": reference, "relative": relative, "stages": stages}
                 run.write_json("result.json", result)
                 return place, result
     raise AssertionError("a chain has a last method")

@@ -288,3 +288,14 @@ def test_evaluate_counts(few):
 
     labels = few.split("test").labels
     assert evaluate(Always(), few, "test") == (labels == 3).sum().item() / len(labels)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning")
+def test_compiled_is_the_same_training(few):
+    plain, compiled = network(dropout=0.0), network(dropout=0.0)
+    expected = train(plain, few, ONCE)
+    found = train(compiled, few, ONCE, compiled=True)
+    assert found[-1]["loss"] == pytest.approx(expected[-1]["loss"], rel=1e-4)
+    for one, other in zip(plain.state_dict().values(), compiled.state_dict().values(), strict=True):
+        assert torch.allclose(one.float(), other.float(), atol=1e-3)

@@ -180,6 +180,13 @@ def _seeds(mine: list[Network]) -> list[list[Network]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
+def _first(of: Any) -> Any:
+    """The name of the network that a chain of compressions began with, from the last one's `of`."""
+    while inner := pick(of, "space_options", "of"):
+        of = inner
+    return pick(of, "space")
+
+
 def _section(folder: Folder, gallery: Gallery) -> dict[str, Any]:
     """Everything about one run, in the page's order."""
     trained, members, searches = folder.events["train_epoch"], folder.found, folder.searches
@@ -191,7 +198,8 @@ def _section(folder: Folder, gallery: Gallery) -> dict[str, Any]:
         "folder": folder,
         "facts": {
             **{key: pick(folder.result, key) for key in ("method", "space", "task", "seed")},
-            "made of": folder.asked("space_options", "of", "space"),
+            "after": ", ".join(str(stage.get("method")) for stage in items(folder.result, "stages")[:-1]),
+            "made of": _first(folder.asked("space_options", "of")),
         },
         "searches": [_search(search, members, gallery) for search in learned],
         "losses": gallery.hang(figures.losses([(search.name, search.epochs) for search in searches])),
