@@ -80,29 +80,19 @@ def compress_in_turn(folder: Path, say: Say) -> tuple[Path, dict[str, Any]]:
     (asked,) = parse_budgets(options.budget)
     stages_of = [replace(options, method=name, method_options=options.method_options.get(name, {})) for name in names]
     opened = [_opened(stage, asked, folder / BEFORE / f"opened-{stage.method}", say) for stage in stages_of]
-    original = opened[0].ground["reference"]["cost"]
-    lower = {
-        b.metric: factors(
-            b.absolute(original[b.metric]) / original[b.metric], [each.least[b.metric] for each in opened]
-        )
-        for b in asked
-    }
     reference: dict[str, Any] = {}
     stages: list[dict[str, Any]] = []
-    place: Path | None = None
-    for number, stage in enumerate(stages_of):
-        last, before = number == len(names) - 1, place
+    before: Path | None = None
+    for number, (stage, limits) in enumerate(zip(stages_of, limits_of(asked, opened), strict=True)):
+        last = number == len(names) - 1
         place = folder if last else folder / BEFORE / f"{number + 1}-{stage.method}"
-        limits = [
-            replace(b, limit=original[b.metric] * prod(lower[b.metric][: number + 1]), relative=False) for b in asked
-        ]
         stage = replace(stage, budget=tuple(map(str, limits)), baselines=options.baselines if last else (), out=place)
         if before is not None:
             stage = replace(stage, model=str(before), weights=None, task=None, data=None, resolution=None)
         with prepare_compression(stage, beside=(CHAIN, BEFORE)) as run:
             limited = (f"{b.metric} <= {show(b.limit, b.unit)}" for b in limits)
             say.line(f"{place}: {stage.method}, {', '.join(limited)}")
-            if not number:
+            if before is None:
                 for kind, value in opened[0].ground.items():
                     run.once(kind, lambda value=value: value)
             result = search(run, say)
@@ -111,13 +101,18 @@ def compress_in_turn(folder: Path, say: Say) -> tuple[Path, dict[str, Any]]:
             if not result["kept"]:
                 return place, result
             if last:
-                costs = [(metric, cost_of(result["cost"], metric)) for metric in result["relative"]]
-                than = {metric: cost_of(reference["cost"], metric) for metric, _ in costs}
-                relative = {metric: own / other for metric, own in costs if own and (other := than[metric])}
-                result |= {"reference": reference, "relative": relative, "stages": stages}
+                result |= {"reference": reference, "relative": _relative(result, reference), "stages": stages}
                 run.write_json("result.json", result)
                 return place, result
+        before = place
     raise AssertionError("a chain has a last method")
+
+
+def _relative(result: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, float]:
+    pairs = {
+        metric: (cost_of(result["cost"], metric), cost_of(reference["cost"], metric)) for metric in result["relative"]
+    }
+    return {metric: own / other for metric, (own, other) in pairs.items() if own and other}
 
 
 def asked_of(folder: Path) -> CompressOptions:
@@ -129,12 +124,10 @@ def in_words(result: Mapping[str, Any]) -> list[str]:
     """What each method of a chain has made of the network."""
 
     def line(name: str, cost: Mapping[str, Any], metric: Mapping[str, Any]) -> str:
-        parts = (
-            [f"{100 * metric['test_exported']:.2f} % {metric['name']}"] if metric["test_exported"] is not None else []
-        )
-        units = {"latency": "ms", "params": "", "file": "B"}
-        parts += [f"{key} {show(own, unit)}" for key, unit in units.items() if (own := cost_of(cost, key)) is not None]
-        return f"{name}: {', '.join(parts)}"
+        score, units = metric["test_exported"], {"latency": "ms", "params": "", "file": "B"}
+        costs = [f"{key} {show(own, unit)}" for key, unit in units.items() if (own := cost_of(cost, key)) is not None]
+        scored = [] if score is None else [f"{100 * score:.2f} % {metric['name']}"]
+        return f"{name}: {', '.join(scored + costs)}"
 
     reference = result["reference"]
     after = [line(f"after {stage['method']}", stage["cost"], stage["metric"]) for stage in result["stages"]]
@@ -165,6 +158,19 @@ def _least(problem: Problem, budget: Budget) -> float:
     prices = problem.prices[budget.metric].alone
     cheapest = extreme(prices, problem.parents, problem.outline.rules, largest=False)
     return problem.predicted(budget, cheapest) / problem.predicted(budget, problem.reference)
+
+
+def limits_of(asked: Sequence[Budget], opened: Sequence[Opened]) -> list[list[Budget]]:
+    """What the network of each method has to keep, absolute; the last one's is what was asked for."""
+    original = opened[0].ground["reference"]["cost"]
+    limits: list[list[Budget]] = [[] for _ in opened]
+    for budget in asked:
+        limit = original[budget.metric]
+        share = budget.absolute(limit) / limit
+        for mine, factor in zip(limits, factors(share, [each.least[budget.metric] for each in opened]), strict=True):
+            limit *= factor
+            mine.append(replace(budget, limit=limit, relative=False))
+    return limits
 
 
 def factors(share: float, least: Sequence[float]) -> list[float]:
