@@ -1,13 +1,15 @@
 """A trained network under a latency budget, by every way there is: who keeps most of its accuracy?
 
-    python benchmarks/compress.py --seeds 0,1    # hours; goes on after a kill
+    python benchmarks/compress.py --seeds 0,1    # a night; goes on after a kill
     python benchmarks/compress.py --summary
 
-Each network is trained here on CIFAR-10, then brought to a share of its own measured latency by netsmith's methods, by
+Each network is trained here on CIFAR-10, then brought to a share of its own measured latency by netsmith's methods (a
+chain of two among them), by
 the same share of every group's channels (`uniform`), and by Torch-Pruning 1.6.1 (global, group importance, widths
 rounded to 8; its ratio is bisected until the measured file keeps the budget). All see the training images as often:
 what a method learns from before its network is chosen is taken off its fine-tuning. Fine-tuning is one recipe, with the
-original as teacher. Every line of `results/compress.jsonl` is one network, scored once on `test`.
+original as teacher. Every line of `results/compress.jsonl` is one network, scored once on `test`; where netsmith
+refused, its last sentence.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ from netsmith.train.loop import evaluate, train
 from netsmith.train.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "compress.jsonl"
-LEARNING = {"lana": 3, "smcp": 6, "uniform": 0, "torch_pruning": 0}
-"""Epochs before a network is chosen."""
+LEARNING = {"lana": 3, "smcp": 6, "smcp,mixed_precision": 6, "uniform": 0, "torch_pruning": 0}
+"""Epochs before a network is chosen; a chain's methods share the epochs after it."""
 WAYS = tuple(LEARNING)
 NEARLY = 0.97
 """The share of the limit from which a bisection is near enough."""
@@ -55,10 +57,17 @@ BROKEN = 3
 """What netsmith exits with where a budget is not kept; the network and its result are there."""
 
 
-def netsmith_run(*words: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "netsmith", *words], stdout=subprocess.DEVNULL)
-    if done.returncode not in (0, BROKEN):
-        raise SystemExit(f"netsmith {' '.join(words)} ended with {done.returncode}")
+REFUSED = 2
+"""What it exits with where no network can keep the budget."""
+
+
+def netsmith_run(*words: str) -> str:
+    """What it said where it refused."""
+    done = subprocess.run([sys.executable, "-m", "netsmith", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    said = done.stderr.decode().strip().rpartition("\n")[2]
+    if done.returncode not in (0, BROKEN, REFUSED):
+        raise SystemExit(f"netsmith {' '.join(words)} ended with {done.returncode}: {said}")
+    return said if done.returncode == REFUSED else ""
 
 
 def original(name: str, seed: int, epochs: int, work: Path) -> Path:
@@ -81,10 +90,18 @@ def compressed(way: str, folder: Path, share: float, epochs: int, seed: int, wor
     """By a method of netsmith, as a user would."""
     out = work / f"{folder.name}-{way}-{share}"
     if not (out / "result.json").exists():
-        before = LEARNING[way]
-        budget = ["--budget", f"latency<={share}x", "--epochs", str(epochs - before), "--search-epochs", str(before)]
+        before, methods = LEARNING[way], way.count(",") + 1
+        budget = ["--budget", f"latency<={share}x", "--epochs", str((epochs - before) // methods)]
         words = ["compress", str(folder), "--method", way, *budget, "--seed", str(seed), "--baselines"]
-        netsmith_run(*(["compress", "--resume", str(out)] if out.exists() else [*words, "--out", str(out)]))
+        learning = ["--search-epochs", str(before)] if methods == 1 else []  # of a chain: SMCP's own are given below
+        if methods > 1:
+            options = work / "chain.yaml"
+            options.write_text(json.dumps({"method_options": {"smcp": {"epochs": before}}}))
+            learning = ["--config", str(options)]
+        again = ["compress", "--resume", str(out)]
+        refused = netsmith_run(*(again if out.exists() else [*words, *learning, "--out", str(out)]))
+        if refused:
+            return {"refused": refused}
     result = json.loads((out / "result.json").read_text())
     reference, cost = result["reference"]["cost"], result["cost"]
     return {
@@ -94,6 +111,7 @@ def compressed(way: str, folder: Path, share: float, epochs: int, seed: int, wor
         "limit_ms": result["budgets"][0]["limit"],
         "params": cost["params"],
         "macs": cost["macs"],
+        "kept": result["kept"],
     }
 
 
@@ -176,6 +194,11 @@ def summary(rows: list[dict]) -> str:
     for network, share in sorted({(row["network"], row["share"]) for row in rows}, key=lambda key: (key[0], -key[1])):
         for way in WAYS:
             mine = [r for r in rows if (r["network"], r["share"], r["way"]) == (network, share, way)]
+            refused = [row for row in mine if "refused" in row]
+            mine = [row for row in mine if "refused" not in row]
+            if refused:
+                seeds = ", ".join(str(row["seed"]) for row in refused)
+                lines.append(f"| {network} | {share}x | {way} | refused: {seeds} | - | - | - | - |")
             if mine:
                 accuracy = [row["accuracy"] for row in mine]
                 spread = f"{statistics.stdev(accuracy):.2f}" if len(mine) > 1 else "-"
@@ -215,14 +238,15 @@ def main() -> None:
         started, facts = time.perf_counter(), machine("timm", "torch-pruning")
         folder = original(key["network"], key["seed"], options.original_epochs, options.work)
         accuracy = 100 * json.loads((folder / "result.json").read_text())["metric"]["test"]
-        by = compressed if key["way"] in ("lana", "smcp") else pruned
+        by = pruned if key["way"] in ("uniform", "torch_pruning") else compressed
         found = by(key["way"], folder, key["share"], options.epochs, key["seed"], options.work)
         row = {**key, **found, "original_accuracy": accuracy, "epochs": options.epochs}
         row |= {"original_epochs": options.original_epochs, "seconds": time.perf_counter() - started, "machine": facts}
         RESULTS.parent.mkdir(exist_ok=True)
         with RESULTS.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        print(f"{key}: {found['accuracy']:.2f} % at {1000 * found['latency_ms']:.0f} us", flush=True)
+        said = found.get("refused") or f"{found['accuracy']:.2f} % at {1000 * found['latency_ms']:.0f} us"
+        print(f"{key}: {said}", flush=True)
     print(summary(load()))
 
 
