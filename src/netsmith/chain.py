@@ -153,9 +153,9 @@ def _opened(stage: CompressOptions, asked: Sequence[Budget], folder: Path, say: 
 
 
 def _least(problem: Problem, budget: Budget) -> float:
-    if budget.metric not in problem.prices:
-        return 0.0  # not known: peak memory is no sum
-    prices = problem.prices[budget.metric].alone
+    if not problem.adds_up(budget.metric):
+        return 0.0  # not known
+    prices = problem.prices.get(budget.metric, problem.prices["macs"]).alone  # memory rises with every width
     cheapest = extreme(prices, problem.parents, problem.outline.rules, largest=False)
     return problem.predicted(budget, cheapest) / problem.predicted(budget, problem.reference)
 

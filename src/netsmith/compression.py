@@ -158,7 +158,7 @@ def gained(result: Mapping[str, Any], asked: Sequence[str]) -> str:
 
 def cost_of(cost: Mapping[str, Any], metric: str) -> float | None:
     """What a `result.json` has under the ``cost`` of a network, by the metric of a budget; None: not known."""
-    names = {"latency": "latency_ms", "peak_memory": "peak_memory_bytes", "file": "file_bytes"}
+    names = {"latency": "latency_ms", **{n: f"{n}_bytes" for n in ("peak_memory", "ram", "flash", "file")}}
     found = cost.get(names.get(metric, metric))
     return found["median"] if isinstance(found, dict) else found
 

@@ -14,11 +14,11 @@ import torch
 from torch import nn
 
 from netsmith.cost.budget import Budget, parse_budgets
-from netsmith.cost.counts import BranchCount, Macs, Params
+from netsmith.cost.counts import BranchCount, Flash, Macs, Params
 from netsmith.cost.device import Device, load_shipped, parse_device, torch_threads
 from netsmith.cost.imported import import_table
 from netsmith.cost.latency import SpaceLatency, calibrate, calibration_networks, profile_space
-from netsmith.cost.memory import PeakMemory
+from netsmith.cost.memory import alive
 from netsmith.cost.meter import measure
 from netsmith.cost.prices import Prices
 from netsmith.cost.table import Calibration, LatencyTable, TableDevice
@@ -157,7 +157,8 @@ class Job:
             "latency": min(self.time(network, file) for _ in "12") if self.time else problem.latency.of(architecture),
             "params": Params()(plain, shape),
             "macs": Macs()(plain, shape),
-            "peak_memory": PeakMemory()(plain, shape),
+            **alive(plain, shape),
+            "flash": Flash()(plain, shape),
             "file": float(file.stat().st_size),
             "branches": BranchCount()(plain, shape),
         }

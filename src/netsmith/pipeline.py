@@ -251,6 +251,8 @@ def _untrained_reference(job: Job) -> dict:
             "params": cost["params"],
             "macs": cost["macs"],
             "peak_memory_bytes": cost["peak_memory"],
+            "ram_bytes": cost["ram"],
+            "flash_bytes": cost["flash"],
             "file_bytes": cost["file"],
             "branches": cost["branches"],
             "latency_ms": {"predicted": predicted, "median": measured, "ci95": None, "settled": None},

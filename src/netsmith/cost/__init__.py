@@ -5,6 +5,8 @@ COSTS = {
     "params": "netsmith.cost.counts:Params",
     "macs": "netsmith.cost.counts:Macs",
     "peak_memory": "netsmith.cost.memory:PeakMemory",
+    "ram": "netsmith.cost.memory:Ram",
+    "flash": "netsmith.cost.counts:Flash",
     "file": "netsmith.cost.counts:FileBytes",
     "branches": "netsmith.cost.counts:BranchCount",
 }

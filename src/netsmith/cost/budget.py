@@ -27,6 +27,8 @@ _METRICS: dict[str, tuple[str, dict[str, float], str]] = {
     "params": ("", _COUNTS, "params<=1M"),
     "macs": ("", _COUNTS, "macs<=30M"),
     "peak_memory": ("B", _SIZES, "peak_memory<=256kB"),
+    "ram": ("B", _SIZES, "ram<=256kB"),
+    "flash": ("B", _SIZES, "flash<=256kB"),
     "file": ("B", _SIZES, "file<=1MB"),
     "branches": ("", _COUNTS, "branches<=44"),
 }

@@ -71,6 +71,20 @@ class FileBytes:
 
 
 @dataclass(frozen=True)
+class Flash:
+    """Bytes of the weights with the whole network in int8, batch norm folded: one each, and four for each bias
+    (TFLite Micro; µNAS counts one). The code of the runtime comes on top."""
+
+    name = "flash"
+    unit = "B"
+    counted = True
+
+    def __call__(self, module: nn.Module, input_shape: Shape) -> float:
+        weights = sum(parameter.numel() for parameter in shipped(module).parameters() if parameter.dim() > 1)
+        return FileBytes()(module, input_shape) - 3.0 * weights
+
+
+@dataclass(frozen=True)
 class BranchCount:
     """Branches that a network trains with, and folds away when shipped (spaces `repvgg` and `repvgg_small`)."""
 

@@ -14,11 +14,13 @@ COSTS = {
     "macs": count,
     "file_bytes": size,
     "peak_memory_bytes": size,
+    "ram_bytes": size,
+    "flash_bytes": size,
     "branches": count,
 }
-ON_DEMAND = ("peak_memory_bytes", "branches")
+ON_DEMAND = ("peak_memory_bytes", "ram_bytes", "flash_bytes", "branches")
 """Costs that are shown only where a budget asks for them."""
-NAMES = {"file": "file_bytes", "peak_memory": "peak_memory_bytes"}
+NAMES = {name: f"{name}_bytes" for name in ("file", "peak_memory", "ram", "flash")}
 """Costs that a budget calls by another name."""
 
 AS_GOOD = {
@@ -27,6 +29,8 @@ AS_GOOD = {
     "macs": "with as few MACs",
     "file": "with as small a file",
     "peak_memory": "with as little memory",
+    "ram": "with as little RAM in int8",
+    "flash": "with as little flash in int8",
     "branches": "with as few branches to train",
 }
 """What a network is that takes no more of a budget's metric than another."""

@@ -17,6 +17,8 @@ TITLES = {
     "macs": "MACs",
     "file_bytes": "file",
     "peak_memory_bytes": "peak memory",
+    "ram_bytes": "RAM in int8",
+    "flash_bytes": "flash in int8",
     "branches": "branches",
 }
 

@@ -14,16 +14,23 @@ from torch import nn
 
 from netsmith.architecture import Outline, extreme, mutate, outline
 from netsmith.cost.bits import QuantizedFileBytes
-from netsmith.cost.budget import Budget, show
-from netsmith.cost.counts import BranchCount, Macs, Params, Shape
-from netsmith.cost.memory import PeakMemory
+from netsmith.cost.budget import Budget, show, within
+from netsmith.cost.counts import BranchCount, Flash, Macs, Params, Shape
+from netsmith.cost.memory import ALIVE, moments
 from netsmith.cost.prices import Atom, Options, Prices, atoms, tabulate, tabulate_all
 from netsmith.decisions import Architecture, OneOf, Option, decisions, derive
+from netsmith.graph.slimmable import Slimmable
 from netsmith.search.allocate import Infeasible, Limit, Unsolved, allocate, diverse
 from netsmith.tasks.classification import Task
 from netsmith.train.recipe import Recipe
 
-COUNTED = {"params": Params(), "macs": Macs(), "file": QuantizedFileBytes(), "branches": BranchCount()}
+COUNTED = {
+    "params": Params(),
+    "macs": Macs(),
+    "file": QuantizedFileBytes(),
+    "flash": Flash(),
+    "branches": BranchCount(),
+}
 """Costs that add up over layers and need no device."""
 LEARNT = "learnt.safetensors"
 """In the folder of a run: weights that a method has taught the space, which every network made of it then has."""
@@ -58,6 +65,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         self.task = self.task.without_test()
+        self._moments: dict[str, list[Prices]] = {}
 
     @property
     def input_shape(self) -> Shape:
@@ -124,20 +132,30 @@ class Problem:
 
     def predicted(self, budget: Budget, architecture: Mapping[str, Option]) -> float:
         """The cost that ``budget`` limits, in its base unit."""
-        if budget.metric in self.prices:
-            return self.prices[budget.metric].of(architecture)
-        return PeakMemory()(self.plain(architecture), self.input_shape)
+        if self.adds_up(budget.metric):
+            return max(prices.of(architecture) for prices in self._sums(budget.metric))
+        return ALIVE[budget.metric](self.plain(architecture), self.input_shape)
+
+    def adds_up(self, metric: str) -> bool:
+        """Whether a limit on it is one on sums of prices. Of memory it is where only widths are open."""
+        return metric in self.prices or isinstance(self.shapes, Slimmable)
+
+    def _sums(self, metric: str) -> list[Prices]:
+        """What the metric is the largest of: one price, or for memory one a moment."""
+        if metric not in self.prices and metric not in self._moments:
+            assert isinstance(self.shapes, Slimmable)
+            widths = {path: [int(n) for n in row] for path, row in self.outline.options.items()}
+            self._moments[metric] = moments(self.shapes, widths, self.input_shape, ALIVE[metric])
+        return [self.prices[metric]] if metric in self.prices else self._moments[metric]
 
     def limits(self, budgets: Sequence[Budget], scale: Mapping[str, float] | None = None) -> list[Limit]:
-        """The additive budgets as knapsack limits; ``scale`` corrects a limit by what measuring has shown."""
+        """The budgets as knapsack limits, those of memory as one for each moment, where that can be; ``scale`` corrects
+        a limit by what measuring has shown."""
         return [
-            Limit(
-                self.prices[budget.metric],
-                budget.limit * (scale or {}).get(budget.metric, 1.0),
-                name=budget.metric,
-            )
+            Limit(prices, budget.limit * (scale or {}).get(budget.metric, 1.0), name=budget.metric)
             for budget in budgets
-            if budget.metric in self.prices
+            if self.adds_up(budget.metric)
+            for prices in self._sums(budget.metric)
         ]
 
     def allocate(
@@ -155,7 +173,8 @@ class Problem:
         the budget may well have a cheap network as its most probable one: this asks for the most probable one *at* the
         budget. Not asked where no network is there, nor beside peak memory.
 
-        Peak memory does not add up. An option whose block alone exceeds the limit is out; if the network as a whole
+        Peak memory does not add up. Where only widths are open, it is a limit on every moment. Elsewhere an
+        option whose block alone exceeds the limit is out; if the network as a whole
         still exceeds it, it is cut off and the knapsack solved again, and after `CUTS` of them single changes lead from
         there to a network that keeps it: a good one, no longer the best.
 
@@ -169,27 +188,26 @@ class Problem:
                 path: {o: v if v > LAST_RESORT / 2 else v - LAST_RESORT - 1e4 for o, v in row.items()}
                 for path, row in values.items()
             }
-        memory = [budget.limit for budget in budgets if budget.metric == "peak_memory"]
-        if memory and (fitting := self._fitting(values, min(memory))) is None:
-            raise Infeasible(
-                f"no network is within budget: peak_memory <= {show(min(memory), 'B')}: "
-                f"the smallest network found needs {show(self._least_memory(values), 'B')}"
-            )
-        if memory:
+        memory = [b for b in budgets if b.metric in ALIVE]
+        additive = all(self.adds_up(b.metric) for b in memory)
+        for budget in () if additive else memory:
+            if (fitting := self._fitting(values, budget)) is None:
+                raise Infeasible(
+                    f"no network is within budget: {budget.metric} <= {show(budget.limit, 'B')}: "
+                    f"the smallest network found needs {show(self._least_memory(values, budget.metric), 'B')}"
+                )
             values = fitting
         values = _reachable(values, self.parents)
-        limits = [
-            replace(limit, prices=_restricted(self.prices[limit.name], values)) for limit in self.limits(budgets, scale)
-        ]
-        if not memory:
-            return self._filling(values, limits, least)
+        limits = [replace(limit, prices=_restricted(limit.prices, values)) for limit in self.limits(budgets, scale)]
+        if additive:
+            return self._filling(values, limits, 0.0 if memory else least)
         forbidden: list[Architecture] = []
         while len(forbidden) < CUTS:
             architecture = allocate(values, limits, self.parents, rules=self.outline.rules, forbidden=forbidden)
-            if PeakMemory()(self.plain(architecture), self.input_shape) <= min(memory):
+            if all(within(self.predicted(b, architecture), b.limit) for b in memory):
                 return architecture
             forbidden.append(architecture)
-        return self._changed(values, limits, min(memory), forbidden[0])
+        return self._changed(values, limits, memory, forbidden[0])
 
     def diverse(
         self, values: Options, budgets: Sequence[Budget], k: int, overlap: float, *, time_limit: float = 60.0
@@ -199,10 +217,12 @@ class Problem:
 
         Raises: Infeasible; Unsolved where not even the first is found in ``time_limit`` seconds.
         """
-        limits = [replace(limit, prices=_restricted(self.prices[limit.name], values)) for limit in self.limits(budgets)]
+        limits = [replace(limit, prices=_restricted(limit.prices, values)) for limit in self.limits(budgets)]
         return diverse(values, limits, self.parents, k, overlap, time_limit=time_limit)
 
-    def _changed(self, values: Options, limits: Sequence[Limit], memory: float, start: Architecture) -> Architecture:
+    def _changed(
+        self, values: Options, limits: Sequence[Limit], memory: Sequence[Budget], start: Architecture
+    ) -> Architecture:
         """A network within ``limits`` and ``memory``, by random single changes of ``start`` that come nearer to them
         or, within them, are worth more. Raises: Infeasible."""
         generator = torch.Generator().manual_seed(0)
@@ -211,7 +231,7 @@ class Problem:
             if any(option not in values.get(path, ()) for path, option in architecture.items()):
                 return math.inf, 0.0
             uses = [limit.price(architecture) / limit.at_most for limit in limits]
-            uses.append(PeakMemory()(self.plain(architecture), self.input_shape) / memory)
+            uses += [self.predicted(b, architecture) / b.limit for b in memory]
             return max(0.0, *(use - 1 for use in uses)), -math.fsum(values[p][o] for p, o in architecture.items())
 
         best, at = start, standing(start)
@@ -220,8 +240,9 @@ class Problem:
             if (there := standing(other)) < at:
                 best, at = other, there
         if at[0] > 0:
+            limited = ", ".join(f"{b.metric} <= {show(b.limit, b.unit)}" for b in memory)
             raise Infeasible(
-                f"no network within budget: peak_memory <= {show(memory, 'B')} was found, by cutting off {CUTS} and "
+                f"no network within budget: {limited} was found, by cutting off {CUTS} and "
                 f"{CHANGES} changes; the nearest exceeds a limit by {100 * at[0]:.2g} %"
             )
         return best
@@ -239,43 +260,44 @@ class Problem:
         return max(found, key=lambda a: math.fsum(values[p][o] for p, o in a.items()), default=best)
 
     @cached_property
-    def _memory_alone(self) -> Callable[[int, Option | None], float]:
-        """Peak memory of atom number i alone, at a width where it has one, bytes."""
-        price, known = PeakMemory(), {}
+    def _memory_alone(self) -> Callable[[int, Option | None, str], float]:
+        """Of atom number i alone, at a width where it has one: what it takes of a metric of `ALIVE`, bytes."""
+        known = {}
         signatures = [atom.signature for atom in self.atoms]
 
-        def alone(i: int, width: Option | None) -> float:
-            key = signatures[i], width
+        def alone(i: int, width: Option | None, metric: str) -> float:
+            key = signatures[i], width, metric
             if key not in known:
                 atom = self.atoms[i]
-                known[key] = price(atom.module if width is None else atom.at(width), atom.shape)
+                known[key] = ALIVE[metric](atom.module if width is None else atom.at(width), atom.shape)
             return known[key]
 
         return alone
 
-    def largest_block(self, architecture: Mapping[str, Option]) -> float:
-        """The peak memory of the network's largest block alone, bytes: no more than that of the whole network."""
+    def largest_block(self, architecture: Mapping[str, Option], metric: str) -> float:
+        """The memory of the network's largest block alone, bytes: no more than that of the whole network."""
         active = [
             (i, None if atom.width is None else architecture[atom.width])
             for i, atom in enumerate(self.atoms)
             if atom.owner is None or architecture.get(atom.owner[0]) == atom.owner[1]
         ]
-        return max(self._memory_alone(i, width) for i, width in active)
+        return max(self._memory_alone(i, width, metric) for i, width in active)
 
     def _parts_of(self, values: Options) -> list[tuple[int, Atom]]:
         """The atoms with their numbers, but for those of a part of the space that ``values`` leave out."""
         deciding = [atom.width or (atom.owner and atom.owner[0]) for atom in self.atoms]
         return [(i, self.atoms[i]) for i, path in enumerate(deciding) if path is None or path in values]
 
-    def _fitting(self, values: Options, memory: float) -> Options | None:
-        """Without the options whose block alone exceeds ``memory``; None where a decision has no option left."""
+    def _fitting(self, values: Options, budget: Budget) -> Options | None:
+        """Without the options whose block alone exceeds a memory budget; None where a decision has no option left."""
+        alone, limit = self._memory_alone, budget.limit
         fitting = {path: dict(row) for path, row in values.items()}
         for i, atom in self._parts_of(values):
             if atom.width is not None:
                 widths = sorted(fitting[atom.width])  # a wider block needs no less
-                fits = bisect_left(widths, True, key=lambda n, i=i: self._memory_alone(i, n) > memory)
+                fits = bisect_left(widths, True, key=lambda n, i=i: alone(i, n, budget.metric) > limit)
                 fitting[atom.width] = {n: fitting[atom.width][n] for n in widths[:fits]}
-            elif self._memory_alone(i, None) > memory:
+            elif alone(i, None, budget.metric) > limit:
                 if atom.owner is None:
                     return None
                 fitting[atom.owner[0]].pop(atom.owner[1], None)
@@ -288,15 +310,19 @@ class Problem:
                 fitting.get(outer, {}).pop(option, None)
         return fitting
 
-    def _least_memory(self, values: Options) -> float:
-        """Peak memory of a small network: one within the lowest limit under which every block alone is."""
+    def _least_memory(self, values: Options, metric: str) -> float:
+        """Memory of a small network: one within the lowest limit under which every block alone is."""
         narrowest = {i: None if atom.width is None else min(values[atom.width]) for i, atom in self._parts_of(values)}
-        limits = sorted({self._memory_alone(i, width) for i, width in narrowest.items()})
-        least = limits[bisect_left(limits, True, key=lambda limit: self._fitting(values, limit) is not None)]
-        fitting = _reachable(self._fitting(values, least) or values, self.parents)
+        limits = sorted({self._memory_alone(i, width, metric) for i, width in narrowest.items()})
+
+        def fitting_at(limit: float) -> Options | None:
+            return self._fitting(values, Budget(metric, limit, "B"))
+
+        least = limits[bisect_left(limits, True, key=lambda limit: fitting_at(limit) is not None)]
+        fitting = _reachable(fitting_at(least) or values, self.parents)
         prices = _restricted(self.prices["macs"], fitting).alone
         smallest = extreme(prices, self.parents, self.outline.rules, largest=False)
-        return PeakMemory()(self.plain(smallest), self.input_shape)
+        return ALIVE[metric](self.plain(smallest), self.input_shape)
 
 
 def _reachable(values: Options, parents: Mapping[str, tuple[str, str]]) -> Options:

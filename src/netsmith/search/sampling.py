@@ -19,8 +19,9 @@ def usage(problem: Problem, architecture: Mapping[str, Option], budgets: Sequenc
     takes a trace of the network, is looked at only where nothing cheaper exceeds a limit."""
 
     def cost(budget: Budget, *, traced: bool) -> float:
-        by_block = budget.metric not in problem.prices and not traced
-        return problem.largest_block(architecture) if by_block else problem.predicted(budget, architecture)
+        if traced or problem.adds_up(budget.metric):
+            return problem.predicted(budget, architecture)
+        return problem.largest_block(architecture, budget.metric)
 
     share = max((cost(budget, traced=False) / budget.limit for budget in budgets), default=0.0)
     return share if share > 1 else max((cost(budget, traced=True) / budget.limit for budget in budgets), default=0.0)

@@ -15,9 +15,9 @@ from torch import nn
 
 from netsmith.cost import meter
 from netsmith.cost.budget import Budget, show, within
-from netsmith.cost.counts import BranchCount, Macs, Params, Shape
+from netsmith.cost.counts import BranchCount, Flash, Macs, Params, Shape
 from netsmith.cost.device import Device, OrtCpu, load_shipped
-from netsmith.cost.memory import PeakMemory
+from netsmith.cost.memory import ALIVE, alive
 from netsmith.cost.meter import Measurement
 from netsmith.cost.table import TableDevice
 from netsmith.errors import UserError
@@ -50,7 +50,8 @@ class Verdict:
     agreement: Agreement
     budgets: list[Judged]
     costs: dict[str, float | None]
-    """By the metrics of budgets: latency (ms, the median), params, macs, peak_memory and file (bytes), branches."""
+    """By the metrics of budgets: latency (ms, the median), params, macs, peak_memory, ram, flash and file (bytes),
+    branches."""
     latency: Measurement | None
     predicted_ms: float | None
     relative: dict[str, float]
@@ -74,6 +75,8 @@ class Verdict:
                 "params": self.costs["params"],
                 "macs": self.costs["macs"],
                 "peak_memory_bytes": self.costs["peak_memory"],
+                "ram_bytes": self.costs["ram"],
+                "flash_bytes": self.costs["flash"],
                 "file_bytes": self.costs["file"],
                 "branches": self.costs["branches"],
                 "latency_ms": {
@@ -133,7 +136,8 @@ def gate(
         "latency": measured.median_ms if measured else None,
         "params": Params()(network, shape),
         "macs": Macs()(network, shape),
-        "peak_memory": _peak(network, shape, needed="peak_memory" in limits),
+        **_alive(network, shape, needed=bool(ALIVE.keys() & limits)),
+        "flash": Flash()(network, shape),
         "file": float(onnx_path.stat().st_size),
         "branches": BranchCount()(network, shape),
     }
@@ -178,13 +182,13 @@ def _straddles(measured: Measurement, limit: float) -> bool:
     return measured.ci95[0] <= limit < measured.ci95[1]
 
 
-def _peak(network: nn.Module, shape: Shape, *, needed: bool) -> float | None:
+def _alive(network: nn.Module, shape: Shape, *, needed: bool) -> dict[str, float] | dict[str, None]:
     try:
-        return PeakMemory()(network, shape)
+        return alive(network, shape)
     except UserError:
         if needed:
             raise
-        return None
+        return dict.fromkeys(ALIVE)
 
 
 def _judge(
