@@ -252,7 +252,7 @@ BRANCHED = ("repnas",)
 """Methods that search branches and nothing else."""
 REPLACING = ("lana",)
 """Methods that replace layers of a network that is there."""
-NARROWING = ("smcp",)
+NARROWING = ("smcp", "mcu_pruning")
 """Methods that choose channels of a network that is there."""
 QUANTISING = ("mixed_precision",)
 """Methods that choose between fp32 and int8."""
@@ -265,7 +265,7 @@ def toy_for(method: str, shares: Sequence[float] = (0.3, 0.6), **given: Any) -> 
         macs = priced(in_two_precisions, stripes().input_shape)[1]["macs"]
         prices = cheaper_in_int8(milliseconds(macs))
         return problem_of(in_two_precisions, [0.4 + 0.5 * share for share in shares], prices=prices, **given)
-    if method in NARROWING:
+    if method.split("+")[0] in NARROWING:
         return problem_of(narrowable, [0.4 + 0.5 * share for share in shares], **given)
     if method in REPLACING:
         return problem_of(opened_network, [0.4 + 0.5 * share for share in shares], **given)
@@ -303,6 +303,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "repnas": {"steps": BRISK},
     "lana": {"epochs": 2, "batch_size": 16, "images": 32, "solutions": 3},
     "smcp": {"epochs": 3, "batch_size": 16, "every": 2},
+    "mcu_pruning": {"epochs": 3, "batch_size": 16, "every": 2},
+    "mcu_pruning+dsa": {"epochs": 3, "batch_size": 16, "every": 2, "loss": "dsa"},
     "mixed_precision": {"images": 32},
     "mixed_precision+omega": {"images": 32, "harm": "omega", "draws": 5},
     "rarts+jacobi": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}, "order": "jacobi"},

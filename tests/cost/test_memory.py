@@ -1,14 +1,20 @@
 """Peak memory: MCUNet's numbers, and any order of any graph against brute force."""
 
+import itertools
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted import Summed
 from torch import nn
 
-from netsmith.blocks.mobile import ConvBn, MBConv
-from netsmith.cost.memory import PeakMemory, peak_elements, peak_of
+from netsmith.blocks.mobile import ConvBn, Head, MBConv
+from netsmith.cost.counts import Flash
+from netsmith.cost.memory import Operator, PeakMemory, Ram, least_order, moments, peak_elements, peak_of
 from netsmith.errors import UserError
+from netsmith.graph.channels import channels
+from netsmith.graph.slimmable import Slimmable
 
 INT8 = PeakMemory(bytes_per_element=1)
 
@@ -102,3 +108,104 @@ def test_what_cannot_be_traced_is_unknown_not_zero():
 
     with pytest.raises(UserError, match="peak memory of Moody is unknown"):
         PeakMemory()(Moody(), (3, 4, 4))
+
+
+# Orders ---------------------------------------------------------------------------------------------------------------
+
+
+def orders(operators):
+    """All in which each runs after what it reads was written."""
+    for order in itertools.permutations(range(len(operators))):
+        done = set()
+        for i in order:
+            if not all(b in done for b in operators[i].inputs):
+                break
+            done.add(operators[i].output)
+        else:
+            yield [operators[i] for i in order]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_the_least_order_is_that_of_brute_force(data):
+    count = data.draw(st.integers(1, 7))
+    sizes = {i: data.draw(st.integers(0, 100)) for i in range(count)}
+    operators = [
+        Operator(i, sizes[i], data.draw(st.lists(st.sampled_from(range(i)), unique=True, max_size=3)) if i else [])
+        for i in range(count)
+    ]
+    found = least_order(operators, sizes)
+    assert sorted(found) == sorted(operators)
+    assert peak_of(found, sizes) == min(peak_of(order, sizes) for order in orders(operators))
+    shuffled = data.draw(st.sampled_from([*itertools.islice(orders(operators), 20)]))
+    assert peak_of(least_order(shuffled, sizes), sizes) == peak_of(found, sizes), "however they were listed"
+
+
+class Arms(nn.Module):
+    """The broad arm first: its result is small, so that the other one, run first, has to be kept meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.broad, self.narrow = nn.Conv2d(4, 8, 1), nn.Conv2d(4, 64, 1), nn.Conv2d(64, 8, 1)
+
+    def forward(self, x):
+        kept = self.first(x)
+        return kept + self.narrow(self.broad(x))
+
+
+def test_a_better_order_keeps_less():
+    place = 5 * 5
+    assert PeakMemory(bytes_per_element=1)(Arms(), (4, 5, 5)) == (8 + 64 + 8) * place
+    assert Ram()(Arms(), (4, 5, 5)) == (4 + 64 + 8) * place
+
+
+def test_an_operator_runs_before_what_it_reads_is_overwritten():
+    class Overwritten(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            before = self.before(x)
+            return before + self.after(x.relu())
+
+    operators, sizes = PeakMemory(reorder=True).operators(Overwritten(), (4, 5, 5))
+    written = [op.output for op in operators]
+    assert written.index(0) < written.index(1) < len(written) - 1 - written[::-1].index(0)
+    assert peak_of(operators, sizes) == 300
+
+
+def test_a_sum_may_overwrite_a_summand_that_nothing_else_reads():
+    # x, the convolution's result, and the sum: or the sum in place of one of them.
+    assert PeakMemory(1)(Residual(), (4, 5, 5)) == 300
+    assert PeakMemory(1, sums_in_place=True)(Residual(), (4, 5, 5)) == 300, "x, x after the ReLU, the convolution's"
+    block = MBConv(16, 16, hidden=96)
+    assert PeakMemory(1, sums_in_place=True)(block, (16, 8, 8)) == 13312, "the peak is elsewhere"
+    small = MBConv(16, 16, hidden=8)
+    assert PeakMemory(1)(small, (16, 8, 8)) == 3 * 1024
+    assert PeakMemory(1, sums_in_place=True)(small, (16, 8, 8)) == 1024 + 512 + 1024, "the last convolution is the peak"
+
+
+# Moments --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [PeakMemory(), Ram()], ids=["as run", "least order"])
+def test_the_largest_moment_is_the_peak_at_any_widths(memory):
+    def block(channels: int) -> nn.Module:
+        return nn.Sequential(ConvBn(channels, channels, 3), nn.ReLU(), ConvBn(channels, channels, 3))
+
+    network = nn.Sequential(ConvBn(1, 16, 3), Summed(block(16)), ConvBn(16, 24, 3, stride=2), Head(24, 16, 3))
+    space = Slimmable(network, channels(network, (1, 8, 8)), step=4)
+    options = {path: [int(n) for n in space.width(path).options] for path in space.groups}
+    found = moments(space, options, (1, 8, 8), memory)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        widths = {p: row[int(torch.randint(len(row), (1,), generator=generator))] for p, row in options.items()}
+        assert max(price.of(widths) for price in found) == pytest.approx(memory(space.narrowed(widths), (1, 8, 8)))
+    assert len(found) < 8, "moments that are never the largest are left out"
+
+
+def test_bytes_of_weights_in_int8():
+    # 3*3*4*8 weights, eight biases of which batch norm is a part; 8*2 weights and two biases.
+    network = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8, 2))
+    assert Flash()(network, (4, 3, 3)) == 288 + 4 * 8 + 16 + 4 * 2

@@ -38,9 +38,9 @@ from netsmith.architecture import check, dumps
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Prices
 from netsmith.decisions import decisions
-from netsmith.methods import METHODS, lana, smcp
+from netsmith.methods import METHODS, lana
 from netsmith.run import Run, read_events
-from netsmith.search import differentiable
+from netsmith.search import differentiable, masked
 from netsmith.search.problem import Problem
 from netsmith.search.sampling import at_budget
 from netsmith.tasks.classification import TestSplitTouched
@@ -185,7 +185,7 @@ def dying_at(point: int | None) -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "event", before(Run.event, "event"))
         patch.setattr(run_module, "_write_json", before(run_module._write_json, "stage"))
-        for module in (differentiable, lana, smcp):
+        for module in (differentiable, lana, masked):
             patch.setattr(module, "save_state", before(module.save_state, "checkpoint"))
         yield writes
 
@@ -278,7 +278,7 @@ def planted_problem(good_kernel: int, method: str = "") -> tuple[Problem, dict]:
         problem = problem_of(lambda: one_breaks_in_int8(broken), task=stripes(96), prices=Prices(0.1, harmless, "ms"))
         problem.budgets = [[Budget("latency", 1.1 + len(harmless), "ms")]]
         return problem, {**dict.fromkeys(harmless, "int8"), f"{broken}.conv": "fp32"}
-    if method in NARROWING:
+    if method.split("+")[0] in NARROWING:
         problem = problem_of(lambda: some_channels_work(good_kernel), task=stripes(96))
         working = {"misled/conv": 4, "works/conv": 8}
         problem.budgets = [[Budget("latency", problem.latency.of(working), "ms")]]
@@ -306,6 +306,8 @@ def test_finds_what_works(method, good_kernel, tmp_path):
         "pad_nas": {"steps": {**steps, "epochs": 16}, "finals": alone},
         "repnas": {"steps": {**steps, "epochs": 24, "architecture_rate": 0.03}},  # half of the branches learn in a step
         "smcp": {"epochs": 12, "batch_size": 16, "every": 2},
+        "mcu_pruning": {"epochs": 12, "batch_size": 16, "every": 2},
+        "mcu_pruning+dsa": {"epochs": 12, "batch_size": 16, "every": 2, "loss": "dsa"},
         "mixed_precision": {},
         "mixed_precision+omega": {},
         "lana": {"epochs": 24, "learning_rate": 1e-2, "batch_size": 16, "images": 96, "score": "kl", "solutions": 1},

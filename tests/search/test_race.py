@@ -189,7 +189,9 @@ def test_a_block_alone_needs_no_more_memory_than_the_network():
     problem, generator = problem_of(), torch.Generator().manual_seed(0)
     for _ in range(30):
         network = sample(problem.outline, generator)
-        assert problem.largest_block(network, "peak_memory") <= PeakMemory()(problem.plain(network), problem.input_shape)
+        assert problem.largest_block(network, "peak_memory") <= PeakMemory()(
+            problem.plain(network), problem.input_shape
+        )
 
 
 def test_finalists_use_the_budget_where_cheap_options_are_liked_best():

@@ -25,6 +25,7 @@ METHODS = {
     "repnas": "netsmith.methods.repnas:RepNAS",
     "lana": "netsmith.methods.lana:LANA",
     "smcp": "netsmith.methods.smcp:SMCP",
+    "mcu_pruning": "netsmith.methods.mcu_pruning:MCUPruning",
     "mixed_precision": "netsmith.methods.mixed_precision:MixedPrecision",
 }
 """Name -> where its dataclass is; the fields are the method's options."""

@@ -1,8 +1,8 @@
 """Channels that are masked while the network trains, and may come back: what SMCP and MCU pruning share.
 
-A mask lies on the weights that *read* a channel: whoever makes it goes on computing it, so that the masked weights still
-receive a gradient, which goes to them as it is. A channel that becomes important again is taken back. What a method adds
-is which channels are masked, and when.
+A mask lies on the weights that *read* a channel: whoever makes it goes on computing it, so that the masked weights
+still receive a gradient, which goes to them as it is. A channel that becomes important again is taken back. What a
+method adds is which channels are masked, and when.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Masked:
         while self.epoch < self.method.epochs:
             loss = self.train_epoch()
             self.epoch += 1
-            kept = sum(float(mask.sum()) for mask in self.masks.values()) / sum(map(len, self.masks.values()))
+            kept = sum(mask.sum().item() for mask in self.masks.values()) / sum(map(len, self.masks.values()))
             self.run.event(
                 f"{self.name}_epoch",
                 number=self.number,

@@ -133,14 +133,14 @@ class Problem:
     def predicted(self, budget: Budget, architecture: Mapping[str, Option]) -> float:
         """The cost that ``budget`` limits, in its base unit."""
         if self.adds_up(budget.metric):
-            return max(prices.of(architecture) for prices in self._sums(budget.metric))
+            return max(prices.of(architecture) for prices in self.sums(budget.metric))
         return ALIVE[budget.metric](self.plain(architecture), self.input_shape)
 
     def adds_up(self, metric: str) -> bool:
         """Whether a limit on it is one on sums of prices. Of memory it is where only widths are open."""
         return metric in self.prices or isinstance(self.shapes, Slimmable)
 
-    def _sums(self, metric: str) -> list[Prices]:
+    def sums(self, metric: str) -> list[Prices]:
         """What the metric is the largest of: one price, or for memory one a moment."""
         if metric not in self.prices and metric not in self._moments:
             assert isinstance(self.shapes, Slimmable)
@@ -155,7 +155,7 @@ class Problem:
             Limit(prices, budget.limit * (scale or {}).get(budget.metric, 1.0), name=budget.metric)
             for budget in budgets
             if self.adds_up(budget.metric)
-            for prices in self._sums(budget.metric)
+            for prices in self.sums(budget.metric)
         ]
 
     def allocate(
