@@ -31,7 +31,7 @@ class Attention(nn.Module):
         if heads < 1 or outputs % heads:
             raise UserError(f"{outputs} channels do not divide into {heads} heads")
         self.text = _text(Attention, inputs, outputs, heads=heads, stride=stride, expansion=expansion, act=act)
-        self.heads = heads
+        self.heads, self.each = heads, outputs // heads
         self.bring = nn.Identity()
         if stride > 1 or inputs != outputs:
             self.bring = nn.Sequential(
@@ -48,12 +48,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bring(x)
-        n, channels, height, width = x.shape
-        rows = n * self.heads, channels // self.heads, height * width
+        n, _, height, width = x.shape
+        rows = n * self.heads, self.each, height * width
         q, k, v = (part.reshape(rows) for part in self.qkv(x).chunk(3, 1))
         # Written out, as the cheap exporter and the counter of MACs know these operators.
-        seen = torch.bmm((rows[1] ** -0.5 * q).transpose(1, 2), k).softmax(-1)
-        y = torch.bmm(v, seen.transpose(1, 2)).reshape(n, channels, height, width)
+        seen = torch.bmm((self.each**-0.5 * q).transpose(1, 2), k).softmax(-1)
+        y = torch.bmm(v, seen.transpose(1, 2)).reshape(n, -1, height, width)
         x = x + self.project(self.act(y))
         return x if self.mlp is None else x + self.mlp(x)
 

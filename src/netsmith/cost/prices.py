@@ -220,7 +220,8 @@ def _priced(
 
 
 def _tabulate_between(space: nn.Module, price: Price, input_shape: Shape) -> Prices:
-    """What is in no layer, as a product of two activations, costs what it costs at full width."""
+    """What is in no layer, the products of attention, is linear in the heads of each group, for costs that are counted;
+    for others it is not priced by width."""
     options = {path: list(decision.options) for path, decision in decisions(space).items()}
     rows = []
     for layer in space.between(input_shape):  # pyright: ignore[reportCallIssue]
@@ -231,9 +232,18 @@ def _tabulate_between(space: nn.Module, price: Price, input_shape: Shape) -> Pri
         rows.append(spread(layer, bilinear(layer, at, options) if getattr(price, "counted", False) else at, options))
     constant, alone, pairs = gathered(rows, options)
     prices = Prices(constant, alone, getattr(price, "unit", ""), pairs)
+
+    def rest(chosen: Mapping[str, Option]) -> float:
+        return price(derive(space, chosen), input_shape) - prices.of(chosen)
+
     whole = {path: max(row) for path, row in options.items()}
-    rest = price(derive(space, whole), input_shape) - prices.of(whole)
-    return replace(prices, constant=constant + rest)
+    full = rest(whole)
+    sloped = {}
+    for path in space.heads if getattr(price, "counted", False) else ():  # pyright: ignore[reportGeneralTypeIssues]
+        most, least = int(max(options[path])), int(min(options[path]))
+        head = (full - rest({**whole, path: least})) / (most - least)
+        sloped[path] = {n: already + head * (int(n) - most) for n, already in alone[path].items()}
+    return replace(prices, constant=constant + full, options=alone | sloped)
 
 
 def _along(price: Price, at: Callable[[Option], float], widths: tuple[Option, ...]) -> dict[Option, float]:

@@ -2,9 +2,9 @@
 
 The network is exported (`torch.export`), and its operators run once more, on labels in place of numbers: every channel
 that a layer makes gets a label of its own, and an operator that only moves numbers (flatten, concatenate, split) moves
-the labels by itself. Where two labels meet in a sum they become one. A label that reaches an operator that needs all
-channels (attention, layer norm, the output) is closed, with the reason. In the end, labels that are in the same places
-are a group, of which any may go.
+the labels by itself. Where two labels meet in a sum they become one, and so do all of an attention head where it is
+multiplied. A label that reaches an operator that needs all channels (layer norm, the output) is closed, with the
+reason. In the end, labels that are in the same places are a group, of which any may go.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import operator
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -43,6 +43,9 @@ class Group:
     """The first layer that makes them."""
     size: int
     uses: tuple[Use, ...]
+    heads: tuple[str, ...] = ()
+    """Where they are what attention or another product takes one by one: the modules in whose code they are that. What
+    these call the number of heads goes along."""
 
     def __repr__(self) -> str:
         parts = [f"{use.tensor}[{':, ' * use.dim}{use.role}]" for use in self.uses]
@@ -55,6 +58,8 @@ class Channels:
 
     groups: dict[str, Group]
     closed: dict[str, str]
+    constants: tuple[float, ...] = ()
+    """Numbers in the program, in the order they are used: without some heads the network has to have the same."""
 
 
 def channels(network: nn.Module, shape: tuple[int, int, int]) -> Channels:
@@ -78,7 +83,8 @@ def channels(network: nn.Module, shape: tuple[int, int, int]) -> Channels:
         elif node.op == "output":
             for argument in node.all_input_nodes:
                 labels.close(values[argument], "it is the output")
-    return labels.groups()
+    constants = (a for node in graph.nodes for a in (*node.args, *node.kwargs.values()) if isinstance(a, float))
+    return replace(labels.groups(), constants=tuple(constants))
 
 
 class _Parameter(NamedTuple):
@@ -128,6 +134,10 @@ class _Labels:
         self.parents = [0]
         self.reasons: dict[int, str] = {}
         self.places: dict[tuple[str, int, Role], Tensor] = {}
+        self.split: list[tuple[Tensor, str]] = []
+        """What became of channels where a dimension became several, and the reason if those cannot shrink."""
+        self.heads: dict[str, list[Tensor]] = defaultdict(list)
+        """By module: the labels that its code splits, or multiplies with each other."""
 
     def new(self, count: int) -> Tensor:
         first = len(self.parents)
@@ -146,6 +156,14 @@ class _Labels:
         """The same tensor with labels that became one alike."""
         distinct, places = labels.unique(return_inverse=True)
         return torch.tensor([self.find(label) for label in distinct.tolist()], dtype=torch.int64)[places]
+
+    def distinct(self, labels: Tensor) -> Tensor:
+        """Of dimensions along which they are all alike the first place alone."""
+        labels = self.roots(labels)
+        for dim in range(labels.dim()):
+            first = labels.narrow(dim, 0, 1)
+            labels = first if bool((labels == first).all()) else labels
+        return labels
 
     def join(self, first: Tensor, second: Tensor) -> None:
         """Labels in the same place become one; next to no channel (0) there is nothing to join."""
@@ -187,6 +205,13 @@ class _Labels:
             self.places[key] = labels
 
     def groups(self) -> Channels:
+        for labels, reason in self.split:
+            if sum(size > 1 for size in self.distinct(labels).shape) > 1:  # what is left would not be a block
+                self.close(labels, reason)
+        owners: dict[int, dict[str, None]] = defaultdict(dict)
+        for layer, several in self.heads.items():
+            for label in {label for labels in several for label in self.roots(labels).unique().tolist()}:
+                owners[label][layer] = None
         where: dict[int, dict[tuple[str, int, Role], list[int]]] = defaultdict(lambda: defaultdict(list))
         for key, labels in self.places.items():
             for position, label in enumerate(self.roots(labels).tolist()):
@@ -210,7 +235,7 @@ class _Labels:
             name = next(use.tensor for use in uses if use.role == "out").rpartition(".")[0]
             while name in found:  # one layer may make channels of several groups
                 name += "'"
-            found[name] = Group(name, len(members), uses)
+            found[name] = Group(name, len(members), uses, tuple(owners[members[0]]))
         return Channels(found, {name: why for name, why in closed.items() if name not in found})
 
 
@@ -221,7 +246,7 @@ POINTWISE = {
     "dropout", "feature_dropout", "clone", "contiguous", "_to_copy", "detach", "alias", "lift_fresh_copy",
 }
 BINARY = {"add", "sub", "mul", "div", "maximum", "minimum"}
-RESHAPES = {"view", "reshape", "unflatten"}
+RESHAPES = {"view", "reshape", "reshape_as", "unflatten"}
 MOVES = {
     *RESHAPES, "flatten", "permute", "transpose", "slice", "select", "split", "split_with_sizes", "chunk", "unsqueeze",
     "squeeze", "expand", "expand_as", "unbind", "cat", "concat", "stack", "t", "movedim", "narrow", "flip",
@@ -230,6 +255,7 @@ POOLS = {
     "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d",
     "upsample_bilinear2d", "upsample_bicubic2d", "mean", "amax", "sum",
 }
+PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm"}
 # fmt: on
 
 
@@ -260,6 +286,8 @@ class _Rules:
             rule = self.move
         elif self.name in POOLS:
             rule = self.pool
+        elif self.name in PRODUCTS:
+            rule = self.product
         found = rule() if rule else None
         return self.stay() if found is None else found
 
@@ -317,6 +345,46 @@ class _Rules:
         if bias is not None:
             self.labels.lay(bias.name, 0, "along", made)
         return self.spread(made, self.example.dim() - 1)
+
+    # Attention -----------------------------------------------------------------------------------------------------
+
+    def product(self) -> Tensor | None:
+        """Of activations, matrix by matrix: what one matrix is made of is one head, which goes as a whole."""
+        count = 3 if self.name == "scaled_dot_product_attention" else 2
+        factors, others = self.arguments[:count], self.arguments[count:]
+        batch = tuple(self.example.shape[:-2])
+        if any(part is not None for part in [*others[:1], self.options.get("attn_mask")]) or any(
+            not isinstance(part, Tensor) or part.dim() < 3 or tuple(part.shape[:-2]) != batch for part in factors
+        ):
+            return None
+        rows = torch.cat([self.matrices(part) for part in factors], 1)
+        self.labels.join(rows, rows.amax(1, keepdim=True).expand_as(rows))
+        self.labels.heads[self.layer].append(rows)
+        return self.labels.roots(rows.amax(1)).view(*batch, 1, 1).expand(tuple(self.example.shape))
+
+    def matrices(self, labels: Tensor) -> Tensor:
+        """``(matrices, labels that are in each)``."""
+        inner = self.labels.distinct(labels.flatten(0, -3).movedim(0, 2)).movedim(2, 0)
+        return inner.flatten(1).expand(_product(labels.shape[:-2]), -1)
+
+    def softmax(self) -> Tensor | None:
+        x, dim = self.arguments[:2]
+        return x if isinstance(x, Tensor) and self.same_along(x, dim) else None
+
+    _softmax = softmax
+
+    def layer_norm(self) -> Tensor | None:
+        """Over a head by itself, its places go together; over all channels, these have to stay."""
+        x, inner = self.arguments[0], len(self.arguments[1])
+        if not isinstance(x, Tensor) or x.dim() <= inner:
+            return None
+        rows = x.flatten(-inner)
+        if self.labels.distinct(rows.flatten(0, -2)).shape[0] == 1 and not self.same_along(rows, -1):
+            return None
+        self.labels.join(rows, rows.narrow(-1, 0, 1).expand_as(rows))
+        return x
+
+    rms_norm = layer_norm
 
     # Layers that keep them -----------------------------------------------------------------------------------------
 
@@ -407,14 +475,19 @@ class _Rules:
         parts = self.arguments[0] if isinstance(self.arguments[0], list | tuple) else [self.arguments[0]]
         if any(not isinstance(part, Tensor) for part in parts):
             return None
-        if self.name in RESHAPES and self.splits(parts[0]):
-            return self.stay(f"{self.name}{' in ' + self.layer if self.layer else ''} splits them")
+        if self.name in RESHAPES:
+            moved = parts[0].reshape(self.example.shape)  # which never minds how labels lie in memory
+            if self.splits(parts[0]):
+                made = self.labels.distinct(moved)
+                self.labels.split.append((made, f"{self.name}{' in ' + self.layer if self.layer else ''} splits them"))
+                self.labels.heads[self.layer].append(made)
+            return moved
         target: Any = self.node.target
         moved = target(*self.arguments, **self.options)
         return list(moved) if isinstance(moved, list | tuple) else moved
 
     def splits(self, labels: Tensor) -> bool:
-        """Whether a dimension along which channels lie becomes several: what is left of it would not divide alike."""
+        """Whether a dimension along which channels lie becomes several: what is left of it may not divide alike."""
         before, after = list(labels.shape), list(self.example.shape)
         dim = 0
         while before:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from netsmith.errors import UserError
-from netsmith.graph.channels import Channels, Group
+from netsmith.graph.channels import Channels, Group, channels
+
+HEADS = {
+    "num_heads", "heads", "n_heads", "num_attention_heads",
+    "attn_dim", "attention_dim", "val_attn_dim", "inner_dim", "all_head_size",
+}  # fmt: skip
+"""What modules call the number of their heads, and the length of all heads together: these shrink with the heads."""
 
 
 def slim(network: nn.Module, groups: Mapping[str, Group], keep: Mapping[str, Tensor]) -> nn.Module:
     """A copy in which of each group named in ``keep`` only those channels exist: indices ``(kept,)``, in any order.
+    What the layers, and the modules of a group's `heads`, count in attributes follows.
 
     Raises: UserError for a group that is not there, and where nothing or what is not there would be kept.
     """
@@ -33,6 +42,9 @@ def slim(network: nn.Module, groups: Mapping[str, Group], keep: Mapping[str, Ten
             if place not in left:
                 left[place] = gone.new_ones(state[use.tensor].shape[use.dim])
             left[place][use.positions[gone].reshape(-1)] = False
+        for owner in map(slimmed.get_submodule, groups[name].heads):
+            for number in HEADS & vars(owner).keys():
+                setattr(owner, number, getattr(owner, number) * (len(gone) - int(gone.sum())) // len(gone))
     cut: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for (tensor, dim), stays in left.items():
         cut[tensor][dim] = stays.nonzero().squeeze(1)
@@ -58,29 +70,60 @@ def masked(network: nn.Module, groups: Mapping[str, Group], keep: Mapping[str, T
 def proven(network: nn.Module, found: Channels, shape: tuple[int, int, int]) -> Channels:
     """Without the groups that the network's own code does not let go: a size may be written into a forward pass.
 
-    Each is tried without half of its channels, on the meta device.
+    Each is tried without half of its channels, on the meta device. Without half of the heads the code may run and mean
+    something else, as shorter heads: so what is left is traced again, and has to have the same groups, half as large.
     """
     with torch.device("meta"):
         shadow = copy.deepcopy(network).to("meta").eval()
-    halves = {name: torch.arange(max(1, group.size // 2)) for name, group in found.groups.items()}
-    if not (_failure(shadow, found.groups, halves, shape)):
-        return found
-    failures = {name: _failure(shadow, found.groups, {name: half}, shape) for name, half in halves.items()}
+    halves = {name: torch.arange((group.size + 1) // 2) for name, group in found.groups.items()}
+    image = torch.empty(2, *shape, device="meta", dtype=next(shadow.parameters()).dtype)
+    whole = functools.cache(lambda: shadow(image).shape)
+    heads, others = ({n: h for n, h in halves.items() if bool(found.groups[n].heads) is kind} for kind in (True, False))
+    failures = dict.fromkeys(halves, "")
+    for some in (heads, others):
+        if some and _failure(shadow, found.groups, some, image, whole):
+            failures |= {n: _failure(shadow, found.groups, {n: half}, image, whole) for n, half in some.items()}
+    if heads := {name: half for name, half in heads.items() if not failures[name]}:
+        failures |= _misread(shadow, found, heads, shape)
     groups = {name: group for name, group in found.groups.items() if not failures[name]}
-    return Channels(groups, {**found.closed, **{name: why for name, why in failures.items() if why}})
+    return replace(found, groups=groups, closed=found.closed | {name: why for name, why in failures.items() if why})
+
+
+def _misread(
+    shadow: nn.Module, found: Channels, keep: Mapping[str, Tensor], shape: tuple[int, int, int]
+) -> dict[str, str]:
+    """Of groups that are heads, those that the network does not have, at this size, without the others of them."""
+    try:
+        again = channels(slim(shadow, found.groups, keep), shape)
+    except UserError as error:
+        return dict.fromkeys(keep, f"without some of them: {error}")
+    if again.constants != found.constants:
+        return dict.fromkeys(keep, "without some of them the network computes with other numbers")
+    wrong = {}
+    for name, kept in keep.items():
+        group, left = found.groups[name], again.groups.get(name)
+        uses = [[(*use[:3], use.positions.shape[1]) for use in each.uses] for each in (group, left) if each]
+        if left is None and len(kept) == 1:  # what is done to all of the one head may have closed it
+            continue
+        if left is None or left.size != len(kept) or uses[0] != uses[1]:
+            wrong[name] = "without some of them the code makes other heads"
+    return wrong
 
 
 def _failure(
-    shadow: nn.Module, groups: Mapping[str, Group], keep: Mapping[str, Tensor], shape: tuple[int, int, int]
+    shadow: nn.Module,
+    groups: Mapping[str, Group],
+    keep: Mapping[str, Tensor],
+    image: Tensor,
+    whole: Callable[[], torch.Size],
 ) -> str:
-    """What the network without these channels says when it runs; empty where it runs as before."""
-    image = torch.empty(2, *shape, device="meta", dtype=next(shadow.parameters()).dtype)
+    """What the network without these channels says when it runs; empty where its output has the shape of the whole."""
     try:
         with torch.no_grad():
-            before, after = shadow(image), slim(shadow, groups, keep)(image)
+            before, after = whole(), slim(shadow, groups, keep)(image).shape
     except Exception as error:  # whatever the network's own code raises
         return f"without some of them: {next(iter(str(error).strip().splitlines()), type(error).__name__)}"
-    return "" if before.shape == after.shape else f"without some of them the output is {tuple(after.shape)}"
+    return "" if after == before else f"without some of them the output is {tuple(after)}"
 
 
 def shorten(owner: nn.Module, name: str, dims: Mapping[int, Tensor]) -> None:

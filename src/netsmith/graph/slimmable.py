@@ -36,7 +36,7 @@ class Slimmable(nn.Module):
         self.network = network
         self.groups: dict[str, Group] = {}
         for name, group in found.groups.items():
-            options = widths(group.size, step, most)
+            options = widths(group.size, 1 if group.heads else step, most)  # a head is many channels
             if len(options) > 1:
                 path = name.replace(".", "/")
                 self.groups[path] = group
@@ -108,6 +108,11 @@ class Slimmable(nn.Module):
             keep = {self.groups[path].name: torch.arange(int(n), device="cpu") for path, n in chosen.items()}
         return slim(self.network, groups, keep)
 
+    @property
+    def heads(self) -> list[str]:
+        """The decisions about heads: products of activations take part in what these cost, which no layer has."""
+        return [path for path, group in self.groups.items() if group.heads]
+
     def between(self, input_shape: Shape) -> list[Between]:
         """The layers with parameters, each between the widths that it lies between, as `cost.prices` asks for them."""
         extents: dict[str, dict[int, dict[str, int]]] = defaultdict(lambda: defaultdict(dict))
@@ -127,6 +132,10 @@ class Slimmable(nn.Module):
 def _between(
     path: str, layer: nn.Module, shape: Shape, space: Slimmable, extents: Mapping[str, Mapping[int, Mapping[str, int]]]
 ) -> Between:
+    if any(list(child.parameters()) for child in layer.children()):  # layers themselves: what is left computes nothing
+        own, layer = layer, nn.Identity()
+        for name, parameter in own.named_parameters(recurse=False):
+            layer.register_parameter(name, parameter)
     tensors = [name for name, _ in [*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False)]]
     lengths: dict[int, tuple[int, Mapping[str, int]]] = {}
     for name in tensors:
