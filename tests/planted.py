@@ -12,6 +12,7 @@ from torch import nn
 
 from netsmith.architecture import dumps, loads
 from netsmith.blocks.mobile import ConvBn, FusedMBConv, Head, MBConv
+from netsmith.blocks.quantized import RunningRange
 from netsmith.blocks.reparam import Branches, ConvBranch
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Options, Prices, tabulate_all
@@ -20,10 +21,11 @@ from netsmith.graph.channels import channels
 from netsmith.graph.slimmable import Slimmable
 from netsmith.methods import make_method
 from netsmith.run import Run
-from netsmith.search.problem import COUNTED, Problem
-from netsmith.spaces.from_model import in_either
+from netsmith.search.problem import COUNTED, SELDOM, OnDemand, Problem
+from netsmith.spaces.from_model import carry, in_either
 from netsmith.tasks.classification import Split, Task
 from netsmith.train.checkpoint import load_state
+from netsmith.train.loop import train
 from netsmith.train.recipe import Recipe
 
 BRIEF = Recipe(epochs=1, batch_size=16, learning_rate=0.05, warmup_epochs=0.0, ema=None, label_smoothing=0.0)
@@ -136,7 +138,7 @@ def priced(build: Callable[[], nn.Module], shape: tuple[int, int, int]) -> tuple
     """A space without numbers and its counted prices: making these takes longer than a small search."""
     with torch.device("meta"):
         shapes = build()
-    return shapes, tabulate_all(shapes, COUNTED, shape)
+    return shapes, tabulate_all(shapes, {n: price for n, price in COUNTED.items() if n not in SELDOM}, shape)
 
 
 def problem_of(
@@ -158,7 +160,9 @@ def problem_of(
     shapes, counted = priced(build, task.input_shape)
     latency = prices or milliseconds(counted["macs"])
     problem = Problem(task, seeded, [], latency, recipe)
-    problem.__dict__.update(shapes=shapes, prices={**counted, "latency": latency})  # cached properties, made once
+    problem.__dict__.update(
+        shapes=shapes, prices=OnDemand(problem, {**counted, "latency": latency})
+    )  # cached properties, made once
     dearest = latency.of(problem.reference)
     problem.budgets = [[Budget("latency", share * dearest, "ms")] for share in shares]
     return problem
@@ -197,13 +201,43 @@ def in_two_precisions() -> nn.Module:
 
 def one_breaks_in_int8(broken: str) -> nn.Module:
     """A layer has large weights where its input is always zero: in int8 nothing is left of the others."""
-    layers = OrderedDict(stem=ConvBn(1, 8, 3), first=ConvBn(8, 8, 3), second=ConvBn(8, 8, 3), head=Head(8, 16, 3))
-    network = nn.Sequential(layers)
+    network = _striped()
     before = {"first": "stem", "second": "first"}[broken]
     with torch.no_grad():
         network.get_parameter(f"{before}.bn.weight")[0] = 0.0
         network.get_parameter(f"{broken}.conv.weight")[:, 0] = 100.0
     return in_either(network, (1, 8, 8))
+
+
+class MisledRange(RunningRange):
+    """Inputs in int8, of its neighbour in the batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.roll(1, 0))
+
+
+def one_is_misled_in_int8(broken: str) -> nn.Module:
+    """A network that has learnt the stripes, of which a layer in int8 looks at its neighbour in the batch."""
+    space = in_either(_striped(), (1, 8, 8))
+    if torch.get_default_device().type != "meta":
+        carry(space, _learnt())
+    with torch.no_grad():
+        space.get_submodule(f"{broken}.conv.int8").input_quantizer = MisledRange(8)
+    return space
+
+
+def _striped() -> nn.Sequential:
+    layers = OrderedDict(stem=ConvBn(1, 8, 3), first=ConvBn(8, 8, 3), second=ConvBn(8, 8, 3), head=Head(8, 16, 3))
+    return nn.Sequential(layers)
+
+
+@functools.cache
+def _learnt() -> dict[str, torch.Tensor]:
+    with torch.device("cpu"), torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = _striped()
+        train(network, stripes(96), replace(BRIEF, epochs=8), split="train", seed=0)
+    return network.state_dict()
 
 
 def cheaper_in_int8(latency: Prices) -> Prices:
@@ -254,8 +288,8 @@ REPLACING = ("lana",)
 """Methods that replace layers of a network that is there."""
 NARROWING = ("smcp", "mcu_pruning")
 """Methods that choose channels of a network that is there."""
-QUANTISING = ("mixed_precision",)
-"""Methods that choose between fp32 and int8."""
+QUANTISING = ("mixed_precision", "haq", "edmips")
+"""Methods that choose bits."""
 
 
 def toy_for(method: str, shares: Sequence[float] = (0.3, 0.6), **given: Any) -> Problem:
@@ -306,6 +340,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "mcu_pruning": {"epochs": 3, "batch_size": 16, "every": 2},
     "mcu_pruning+dsa": {"epochs": 3, "batch_size": 16, "every": 2, "loss": "dsa"},
     "mixed_precision": {"images": 32},
+    "haq": {"episodes": 12, "warmup_episodes": 4, "images": 32, "hidden": 16},
+    "edmips": {"steps": BRISK},
     "mixed_precision+omega": {"images": 32, "harm": "omega", "draws": 5},
     "rarts+jacobi": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}, "order": "jacobi"},
     "darts+second": {"steps": {**BRISK, "rhythm": 1}, "finals": {"samples": 2, "epochs": [1]}, "order": "second"},

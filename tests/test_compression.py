@@ -93,13 +93,16 @@ def test_int8_through_a_kill_to_a_file_that_is_smaller(place, monkeypatch, capsy
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "gate", killed)
         command = ["compress", "module:tiny_network:wide", *given, "--budget", "file<=0.5x", "--epochs", "0"]
-        assert main([*command, "--out", "int8"]) == 130
+        assert main([*command, "--budget", "bitops<=0.9x", "--out", "int8"]) == 130
     capsys.readouterr()
     assert main(["compress", "--resume", "int8", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert sum(event["kind"] == "int8_harm" for event in read_events(place / "int8")) == 4  # each layer's, once
     original = result["reference"]["cost"]["file_bytes"]
     assert result["cost"]["file_bytes"] == (place / "int8" / "model.onnx").stat().st_size <= 0.5 * original
+    before, after = (cost["bitops"] for cost in (result["reference"]["cost"], result["cost"]))
+    assert before == 1024 * result["reference"]["cost"]["macs"]
+    assert before / 16 < after <= 0.9 * before
     chosen = {path for path, option in result["architecture"].items() if option == "int8"}
     assert 0 < len(chosen) < 4  # as few as the budget asks for
     file = onnx.load(place / "int8" / "model.onnx")

@@ -155,7 +155,8 @@ def _opened(stage: CompressOptions, asked: Sequence[Budget], folder: Path, say: 
 def _least(problem: Problem, budget: Budget) -> float:
     if not problem.adds_up(budget.metric):
         return 0.0  # not known
-    prices = problem.prices.get(budget.metric, problem.prices["macs"]).alone  # memory rises with every width
+    metric = budget.metric if budget.metric in problem.prices else "macs"  # memory rises with every width
+    prices = problem.prices[metric].alone
     cheapest = extreme(prices, problem.parents, problem.outline.rules, largest=False)
     return problem.predicted(budget, cheapest) / problem.predicted(budget, problem.reference)
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from netsmith.cost.bits import BitOps
 from netsmith.cost.budget import Budget, parse_budgets
 from netsmith.cost.counts import BranchCount, Flash, Macs, Params
 from netsmith.cost.device import Device, load_shipped, parse_device, torch_threads
@@ -161,6 +162,7 @@ class Job:
             "flash": Flash()(plain, shape),
             "file": float(file.stat().st_size),
             "branches": BranchCount()(plain, shape),
+            "bitops": BitOps()(plain, shape),
         }
         return {"architecture": architecture, "cost": cost}
 

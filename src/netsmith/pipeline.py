@@ -255,6 +255,7 @@ def _untrained_reference(job: Job) -> dict:
             "flash_bytes": cost["flash"],
             "file_bytes": cost["file"],
             "branches": cost["branches"],
+            "bitops": cost.get("bitops"),  # None: measured by a version that did not count them
             "latency_ms": {"predicted": predicted, "median": measured, "ci95": None, "settled": None},
         },
         "seconds": {"train": 0.0, "ship": 0.0},

@@ -9,8 +9,10 @@ from netsmith.blocks.quantized import LSQ, Codebook, Fixed, Float, RunningRange,
 from netsmith.blocks.reparam import Branches
 from netsmith.cost.bits import BitOps, Layer, QuantizedFileBytes, layers
 from netsmith.cost.counts import FileBytes, Macs
-from netsmith.decisions import OneOf
+from netsmith.cost.prices import tabulate
+from netsmith.decisions import OneOf, derive
 from netsmith.errors import UserError
+from netsmith.spaces.from_model import in_either
 
 SHAPE = (3, 8, 8)
 
@@ -53,6 +55,15 @@ def test_mixed_bits_by_hand():
     assert BitOps()(made, SHAPE) == 216 * 16 * 4 * 8 + 72 * 16 * 1024 + 40 * 2 * 32
     # weights at their bits, one bias a folded norm, the head's bias, LSQ's scale, four centroids
     assert QuantizedFileBytes()(made, SHAPE) == 216 * 4 / 8 + 72 * 4 + 40 * 2 / 8 + 4 * (8 + 8 + 5 + 1 + 4)
+
+
+def test_bit_operations_add_up_over_layers():
+    space = in_either(network(), SHAPE)
+    prices = tabulate(space, BitOps(), SHAPE)
+    for path, layer in TABLE.items():
+        assert prices.options[path] == {"fp32": layer.macs * 1024.0, "int8": layer.macs * 64.0}
+    chosen = {"0.conv": "int8", "1.conv": "fp32", "4": "int8"}
+    assert prices.of(chosen) == BitOps()(derive(space, chosen), SHAPE) == (216 * 16 + 40) * 64 + 72 * 16 * 1024
 
 
 def test_monotone_in_the_bits():

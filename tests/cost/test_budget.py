@@ -29,6 +29,8 @@ from netsmith.errors import UserError
         ("size<=1MiB", Budget("file", 2.0**20, "B")),
         ("file<=0.25x", Budget("file", 0.25, "B", relative=True)),
         ("branches<=44", Budget("branches", 44.0, "")),
+        ("bitops<=2.5G", Budget("bitops", 2.5e9, "")),
+        ("bitops<=0.3x", Budget("bitops", 0.3, "", relative=True)),
     ],
 )
 def test_parse_and_back(text, budget):
@@ -42,7 +44,7 @@ def test_text_is_short():
 
 
 @given(
-    st.sampled_from(["latency", "params", "macs", "peak_memory", "file", "branches"]),
+    st.sampled_from(["latency", "params", "macs", "peak_memory", "file", "branches", "bitops"]),
     st.floats(min_value=1e-9, max_value=1e15, allow_subnormal=False),
     st.booleans(),
 )

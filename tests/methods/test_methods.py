@@ -22,6 +22,7 @@ from planted import (
     Outcome,
     new_run,
     one_breaks_in_int8,
+    one_is_misled_in_int8,
     one_works,
     problem_of,
     search,
@@ -38,7 +39,7 @@ from netsmith.architecture import check, dumps
 from netsmith.cost.budget import Budget
 from netsmith.cost.prices import Prices
 from netsmith.decisions import decisions
-from netsmith.methods import METHODS, lana
+from netsmith.methods import METHODS, haq, lana
 from netsmith.run import Run, read_events
 from netsmith.search import differentiable, masked
 from netsmith.search.problem import Problem
@@ -185,7 +186,7 @@ def dying_at(point: int | None) -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "event", before(Run.event, "event"))
         patch.setattr(run_module, "_write_json", before(run_module._write_json, "stage"))
-        for module in (differentiable, lana, masked):
+        for module in (differentiable, haq, lana, masked):
             patch.setattr(module, "save_state", before(module.save_state, "checkpoint"))
         yield writes
 
@@ -274,8 +275,10 @@ def planted_problem(good_kernel: int, method: str = "") -> tuple[Problem, dict]:
     options = {"works": works, "misled": misled}
     if method.split("+")[0] in QUANTISING:
         broken = "first" if good_kernel == 3 else "second"
-        harmless = {path: {"fp32": 2.0, "int8": 1.0} for path in one_breaks_in_int8(broken).reference}  # pyright: ignore
-        problem = problem_of(lambda: one_breaks_in_int8(broken), task=stripes(96), prices=Prices(0.1, harmless, "ms"))
+        # Those that train or only score undo, or do not see, what breaks an untrained network.
+        space = one_is_misled_in_int8 if method in ("haq", "edmips") else one_breaks_in_int8
+        harmless = {path: {"fp32": 2.0, "int8": 1.0} for path in space(broken).reference}  # pyright: ignore
+        problem = problem_of(lambda: space(broken), task=stripes(96), prices=Prices(0.1, harmless, "ms"))
         problem.budgets = [[Budget("latency", 1.1 + len(harmless), "ms")]]
         return problem, {**dict.fromkeys(harmless, "int8"), f"{broken}.conv": "fp32"}
     if method.split("+")[0] in NARROWING:
@@ -309,6 +312,8 @@ def test_finds_what_works(method, good_kernel, tmp_path):
         "mcu_pruning": {"epochs": 12, "batch_size": 16, "every": 2},
         "mcu_pruning+dsa": {"epochs": 12, "batch_size": 16, "every": 2, "loss": "dsa"},
         "mixed_precision": {},
+        "haq": {"episodes": 40, "warmup_episodes": 10, "images": 48},
+        "edmips": {"steps": {**steps, "architecture_rate": 0.3}},
         "mixed_precision+omega": {},
         "lana": {"epochs": 24, "learning_rate": 1e-2, "batch_size": 16, "images": 96, "score": "kl", "solutions": 1},
     }.get(method, {"steps": steps, "finals": alone})

@@ -1,4 +1,4 @@
-"""HAWQ-V3's integer program on the published numbers of ResNet-18; HAQ's wall; EdMIPS' mixture and penalty."""
+"""HAWQ-V3's integer program on the published numbers of ResNet-18, and the method that ships."""
 
 import itertools
 import random
@@ -11,22 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from netsmith.blocks.quantized import Fixed, calibrate, quantized
-from netsmith.blocks.quantizers import hwgq_activation, hwgq_weight, span, symmetric
+from netsmith.blocks.quantizers import span, symmetric
 from netsmith.cost.bits import BitOps, Layer, layers
 from netsmith.cost.prices import Prices
-from netsmith.decisions import decisions, derive, logits
 from netsmith.errors import UserError
-from netsmith.gates import Gumbel, draw, fix, release, single_path
 from netsmith.methods import make_method
 from netsmith.methods.mixed_precision import (
     MixedPrecision,
-    action_bits,
-    action_wall,
     between,
-    expected_bits,
     least_sensitive,
-    mixed,
-    penalty,
     sensitivities,
 )
 from netsmith.run import read_events
@@ -243,194 +236,6 @@ def test_from_a_network_to_its_bits():
 
     made = quantized(network, {p: both(b) for p, b in bits.items()})
     assert BitOps()(made, SHAPE) == prices.of(bits)
-
-
-# HAQ
-
-
-@pytest.mark.parametrize("least", [1, 2, 3])
-@pytest.mark.parametrize("most", [4, 7, 8])
-def test_actions_become_bits(least, most):
-    assert action_bits(0.0, least, most) == least
-    assert action_bits(1.0, least, most) == most
-    steps = [action_bits(a / 10_000, least, most) for a in range(10_001)]
-    assert steps == sorted(steps)
-    counts = [steps.count(b) for b in range(least, most + 1)]
-    assert max(counts) - min(counts) <= 3, "every number of bits has the same share of actions"
-
-
-def wall_problem(seed: int):
-    generator = random.Random(seed)
-    names = [f"layer{index}" for index in range(generator.randint(2, 7))]
-    bits = {p: (generator.randint(2, 8), generator.randint(2, 8)) for p in names}
-    macs = {p: generator.randint(1, 9) for p in names}
-    return bits, lambda given: sum(macs[p] * w * a for p, (w, a) in given.items())
-
-
-@pytest.mark.parametrize("seed", range(30))
-def test_the_wall_keeps_the_budget_or_has_nothing_left_to_lower(seed):
-    bits, cost = wall_problem(seed)
-    names = list(bits)
-    start = {p: (8, 8) if p in (names[0], names[-1]) else b for p, b in bits.items()}
-    for share in (0.1, 0.4, 0.7, 1.0):
-        budget = share * cost(start)
-        found = action_wall(bits, cost, budget)
-        assert list(found) == names
-        assert found[names[0]] == found[names[-1]] == (8, 8)
-        assert cost(found) <= budget or all(found[p] == (2, 2) for p in names[1:-1])
-        assert action_wall(found, cost, budget) == found
-        assert all(2 <= after <= before for p in names for after, before in zip(found[p], start[p], strict=True))
-
-
-def test_the_wall_goes_backwards_activations_first():
-    bits = dict.fromkeys("abcd", (8, 8))
-
-    def total(given):
-        return sum(w + a for w, a in given.values())
-
-    full = total(bits)
-    assert action_wall(bits, total, full) == bits
-    assert action_wall(bits, total, full - 1) == {**bits, "c": (8, 7)}
-    assert action_wall(bits, total, full - 2) == {**bits, "c": (7, 7)}
-    assert action_wall(bits, total, full - 3) == {**bits, "b": (8, 7), "c": (7, 7)}
-    assert action_wall(bits, total, full - 5) == {**bits, "b": (7, 7), "c": (7, 6)}
-    assert action_wall(bits, total, 0, least=3) == {**bits, "b": (3, 3), "c": (3, 3)}
-    assert action_wall(dict.fromkeys("ab", (3, 3)), total, 0) == dict.fromkeys("ab", (8, 8)), "nothing but the ends"
-
-
-# EdMIPS
-
-
-def searched(bits=(1, 2, 4)) -> nn.Module:
-    return mixed(small(), ["2", "5"], bits)
-
-
-def randomized(network: nn.Module) -> nn.Module:
-    with torch.no_grad():
-        for number, one in enumerate(logits(network)):
-            one.copy_(torch.linspace(-1, 1, len(one)).roll(number))
-    return network
-
-
-def test_one_convolution_with_two_mixtures():
-    network, x = randomized(searched()), torch.randn(2, 8, 8, 8)
-    conv = network[2]
-    p, q = conv.input_quantizer.logits.softmax(0), conv.weight_quantizer.logits.softmax(0)
-    inputs = sum(w * hwgq_activation(x, b) for w, b in zip(p, (1, 2, 4), strict=True))
-    weight = sum(w * hwgq_weight(conv.weight, b) for w, b in zip(q, (1, 2, 4), strict=True))
-    assert torch.allclose(conv(x), F.conv2d(inputs, weight, conv.bias, stride=2, groups=2), atol=1e-6)
-    assert list(decisions(network)) == [f"{p}.{part}_quantizer" for p in ("2", "5") for part in ("weight", "input")]
-
-
-def test_one_hot_is_the_plain_quantised_network():
-    network, x = searched().eval(), torch.randn(2, *SHAPE)
-    bits = {"2": (4, 1), "5": (2, 4)}
-    plain = quantized(
-        small(),
-        {
-            path: (Fixed(lambda v, w=w: hwgq_weight(v, w), w), Fixed(lambda v, a=a: hwgq_activation(v, a), a))
-            for path, (w, a) in bits.items()
-        },
-    ).eval()
-    chosen = {f"{p}.weight_quantizer": str(w) for p, (w, _) in bits.items()}
-    chosen |= {f"{p}.input_quantizer": str(a) for p, (_, a) in bits.items()}
-    expected = plain(x)
-    derived = derive(network, chosen)
-    assert torch.equal(derived(x), expected)
-    assert BitOps()(derived, SHAPE) == BitOps()(plain, SHAPE)
-    fix(network, chosen)
-    assert torch.equal(network(x), expected)
-    release(network)
-    with torch.no_grad():
-        for path, decision in decisions(network).items():
-            decision.logits.fill_(-1e9)[decision.index(chosen[path])] = 0
-    assert torch.equal(network(x), expected)
-
-
-MACS_OF = {path: layer.macs for path, layer in layers(small(), SHAPE).items() if path in ("2", "5")}
-
-
-def test_the_penalty_by_hand():
-    network = randomized(searched()).double()
-    value = 0.0
-    for path, macs in MACS_OF.items():
-        product = 1.0
-        for part in ("weight", "input"):
-            p = decisions(network)[f"{path}.{part}_quantizer"].logits.softmax(0)
-            product *= float(p.detach() @ torch.tensor([1.0, 2, 4], dtype=torch.float64))
-        value += macs * product
-    assert penalty(network, MACS_OF, 0.03).item() == pytest.approx(0.03 * value / MACS_OF["2"])
-    millions = {path: macs * 1e-6 for path, macs in reversed(MACS_OF.items())}
-    assert penalty(network, millions, 0.03).item() == pytest.approx(0.03 * value / MACS_OF["2"]), (
-        "c_0 is the first layer"
-    )
-
-
-def test_the_penaltys_derivative():
-    network = randomized(searched()).double()
-    found = torch.autograd.grad(penalty(network, MACS_OF, 0.7), logits(network))
-    for one, gradient in zip(logits(network), found, strict=True):
-        for i in range(len(one)):
-            ends = []
-            for step in (1e-6, -1e-6):
-                with torch.no_grad():
-                    one[i] += step
-                    ends.append(penalty(network, MACS_OF, 0.7).item())
-                    one[i] -= step
-            assert float(gradient[i]) == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-6, abs=1e-9)
-    head = network[5]
-    (gradient,) = torch.autograd.grad(penalty(network, MACS_OF, 1.0), head.weight_quantizer.logits)
-    p, bits = head.weight_quantizer.logits.softmax(0), torch.tensor([1.0, 2, 4], dtype=torch.float64)
-    slope = MACS_OF["5"] / MACS_OF["2"] * expected_bits(head.input_quantizer)
-    assert torch.allclose(gradient, slope * p * (bits - p @ bits)), "p_i (b_i - E)"
-
-
-def test_expected_bits_of_what_is_drawn():
-    network, generator = searched(), torch.Generator().manual_seed(0)
-    for gate in (single_path, Gumbel(0.5)):
-        draw(network, gate, generator)
-        for decision in decisions(network).values():
-            expected = sum(w.item() * (1, 2, 4)[i] for i, w in decision.drawn.pairs())
-            assert expected_bits(decision).item() == pytest.approx(expected)
-    assert expected_bits(Fixed(torch.clone, 8)) == 8
-
-
-@pytest.mark.parametrize(("strength", "fewest"), [(0.0, False), (10.0, True)])
-def test_a_strong_penalty_leaves_the_fewest_bits(strength, fewest):
-    network, generator = searched(), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.SGD(network.parameters(), 0.05, momentum=0.9)
-    for _ in range(40):
-        x = torch.randn(32, *SHAPE, generator=generator)
-        y = (x[:, 0].mean((1, 2)) > 0).long()
-        loss = F.cross_entropy(network(x), y) + penalty(network, MACS_OF, strength)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    assert all(int(one.argmax()) == 0 for one in logits(network)) == fewest
-
-
-def test_a_stronger_penalty_never_costs_more():
-    costs = []
-    for strength in (0.001, 0.01, 0.1, 1.0):
-        network = searched()
-        optimizer = torch.optim.SGD(logits(network), 0.5)
-        for _ in range(20):
-            optimizer.zero_grad()
-            # Something that wants many bits stands for the loss.
-            wants = sum(decision.logits.softmax(0)[0] for decision in decisions(network).values())
-            (wants + penalty(network, MACS_OF, strength)).backward()
-            optimizer.step()
-        costs.append(penalty(network, MACS_OF, 1.0).item())
-    assert costs == sorted(costs, reverse=True)
-
-
-def test_what_the_penalty_cannot_count():
-    network = searched()
-    for macs, text in ({"0": 1.0}, "0"), ({}, ""), ({"2": 1.0, "9": 1.0}, "9"):
-        with pytest.raises(UserError, match=f"no quantised layers: {text}$"):
-            penalty(network, macs, 1.0)
-    with pytest.raises(UserError, match="1 to 4 bits"):
-        searched((2, 8))
 
 
 # The method that ships ----------------------------------------------------------------------------------------------

@@ -31,13 +31,14 @@ def test_rows_are_reference_found_baselines() -> None:
     assert found[2:] == [("1.03 M", "0.46×"), ("37.4 M", "0.40×"), ("4.18 MB", "0.46×")]
 
 
-def test_branches_stand_there_when_they_were_asked_for() -> None:
+@pytest.mark.parametrize(("metric", "title"), [("branches", "branches"), ("bitops", "bit operations")])
+def test_counts_stand_there_when_they_were_asked_for(metric: str, title: str) -> None:
     made = result()
-    assert "branches" not in [cell.title for cell in rows(made)[0].cells]
-    made["budgets"].append({"metric": "branches", "limit": 44.0, "unit": "", "measured": 44.0})
-    made["cost"]["branches"], made["reference"]["cost"]["branches"] = 44.0, 132.0
+    assert title not in [cell.title for cell in rows(made)[0].cells]
+    made["budgets"].append({"metric": metric, "limit": 44.0, "unit": "", "measured": 44.0})
+    made["cost"][metric], made["reference"]["cost"][metric] = 44.0, 132.0
     found = next(row for row in rows(made) if row.network.kind == "found")
-    (cell,) = [cell for cell in found.cells if cell.title == "branches"]
+    (cell,) = [cell for cell in found.cells if cell.title == title]
     assert (cell.text, cell.relative) == ("44", "0.33×")
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from netsmith.blocks.codebooks import kmeans, ttq, ttq_sets
 from netsmith.blocks.quantizers import Grid, affine, check_bits, lsq, lsq_range, lsq_scale, pact, span
+from netsmith.decisions import Decision, OneOf
 from netsmith.errors import UserError
 
 FLOAT_BITS = 32
@@ -25,6 +26,9 @@ CALIBRATED = 32
 """Images at a time that show their ranges."""
 SMALLEST = 1e-8
 """What a learned scale cannot fall below (ours): at zero it divides by zero, below it mirrors what it scales."""
+
+NO_BITS = "is no choice between numbers of bits (netsmith compress --pool bits has such)"
+"""Why a method that chooses bits refuses a decision."""
 
 
 class Float(nn.Identity):
@@ -240,6 +244,20 @@ def layer_bits(path: str, layer: QuantConv2d | QuantLinear) -> tuple[int, int]:
     if weight is None or inputs is None:
         raise UserError(f"the bits of {path!r} are still open: derive the network first")
     return weight, inputs
+
+
+def option_bits(decision: Decision) -> dict[str, int]:
+    """Option -> bits, where the options are one layer at different bits of weights and inputs; else empty."""
+    found: dict[str, int] = {}
+    for option in decision.options if isinstance(decision, OneOf) else ():
+        layer = decision.get_submodule(option)
+        if isinstance(layer, QuantConv2d | QuantLinear):
+            found[option], _ = layer_bits(option, layer)
+        elif type(layer) in (nn.Conv2d, nn.Linear):
+            found[option] = FLOAT_BITS
+        else:
+            return {}
+    return found if len(set(found.values())) == len(found) else {}
 
 
 def int8(layer: nn.Conv2d | nn.Linear) -> QuantConv2d | QuantLinear:

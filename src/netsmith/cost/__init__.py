@@ -9,5 +9,6 @@ COSTS = {
     "flash": "netsmith.cost.counts:Flash",
     "file": "netsmith.cost.counts:FileBytes",
     "branches": "netsmith.cost.counts:BranchCount",
+    "bitops": "netsmith.cost.bits:BitOps",
 }
 """Name in a budget -> where its price is."""

@@ -59,7 +59,10 @@ class BitOps:
 
     def __call__(self, module: nn.Module, input_shape: Shape) -> float:
         """Raises: UserError where bits are still to be decided."""
-        found, quantized = layers(module, input_shape), _quantized(module)
+        quantized = _quantized(module)
+        if not quantized:
+            return FLOAT_BITS**2 * count_macs(module, input_shape)
+        found = layers(module, input_shape)
         rest = count_macs(module, input_shape) - sum(found[path].macs for path in quantized if path in found)
         bits = {path: layer_bits(path, layer) for path, layer in quantized.items() if path in found}
         return rest * FLOAT_BITS**2 + sum(found[path].bitops(*pair) for path, pair in bits.items())

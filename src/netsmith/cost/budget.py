@@ -31,6 +31,7 @@ _METRICS: dict[str, tuple[str, dict[str, float], str]] = {
     "flash": ("B", _SIZES, "flash<=256kB"),
     "file": ("B", _SIZES, "file<=1MB"),
     "branches": ("", _COUNTS, "branches<=44"),
+    "bitops": ("", _COUNTS, "bitops<=20G"),
 }
 _PREFIXES = {
     "ms": ("ms", {"s": 1e3, "ms": 1.0, "µs": 1e-3, "ns": 1e-6}),

@@ -27,6 +27,8 @@ METHODS = {
     "smcp": "netsmith.methods.smcp:SMCP",
     "mcu_pruning": "netsmith.methods.mcu_pruning:MCUPruning",
     "mixed_precision": "netsmith.methods.mixed_precision:MixedPrecision",
+    "haq": "netsmith.methods.haq:HAQ",
+    "edmips": "netsmith.methods.edmips:EdMIPS",
 }
 """Name -> where its dataclass is; the fields are the method's options."""
 

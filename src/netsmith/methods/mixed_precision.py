@@ -1,18 +1,13 @@
 """Mixed precision (HAWQ-V3, Yao et al. 2021, arXiv:2011.10680): the layers that int8 harms least compute in int8.
 
-What a runtime runs today is 8 bits, and that is what ships. The parts of three papers choose among any bits:
-
-HAWQ-V3 (Yao et al. 2021, arXiv:2011.10680): the bits that cost least sensitivity, by an integer program.
-HAQ (Wang et al. 2019, arXiv:1811.08886): what an agent proposes becomes bits, and a wall lowers them to the budget.
-EdMIPS (Cai and Vasconcelos 2020, arXiv:2004.05795): all bits at once, mixed, and a penalty on the expected cost.
+What a runtime runs today is 8 bits, and that is what ships. The integer program itself chooses among any bits.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -20,8 +15,8 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from netsmith.blocks.quantized import Fixed, Int8, QuantConv2d, QuantLinear, RunningRange, calibrate, quantized
-from netsmith.blocks.quantizers import check_bits, hwgq_activation, hwgq_weight, span, symmetric
+from netsmith.blocks.quantized import Fixed, Int8, RunningRange, calibrate, quantized
+from netsmith.blocks.quantizers import span, symmetric
 from netsmith.cost.prices import Options, Prices
 from netsmith.decisions import Decision, OneOf, Option
 from netsmith.errors import UserError
@@ -129,9 +124,6 @@ def _answers(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([network.eval()(part).double().log_softmax(1) for part in images.split(BATCH)])
 
 
-# HAWQ-V3
-
-
 def sensitivities(network: nn.Module, traces: Mapping[str, float], bits: Iterable[int]) -> Options:
     """Layer -> bits -> Omega, for symmetric weights with a scale per channel. ``traces``: from `search.hessian`."""
     found: Options = {}
@@ -187,87 +179,3 @@ def _grouped(options: Mapping[str, Mapping[Option, float]], leader: Mapping[str,
         for option, number in row.items():
             sums[option] += number
     return rows
-
-
-# HAQ
-
-
-def action_bits(action: float, least: int, most: int) -> int:
-    """An action in [0, 1] as a number of bits, each as wide as any other: round((most - least + 1) a + least - 1/2).
-
-    Halves go to even, as in the official code; there an odd ``least`` makes one bit too few of 0, here it is clipped.
-    """
-    return min(max(round((most - least + 1) * action + least - 0.5), least), most)
-
-
-def action_wall(
-    bits: Mapping[str, tuple[int, int]],
-    cost: Callable[[Mapping[str, tuple[int, int]]], float],
-    budget: float,
-    *,
-    least: int = 2,
-    ends: int = 8,
-) -> dict[str, tuple[int, int]]:
-    """Lower bits until ``cost`` is within ``budget``: round by round, from the last layer to the first, one bit of the
-    inputs and then one of the weights. Where all are at ``least`` and it still costs too much, that is the answer.
-
-    ``bits``: layer -> bits of weight and input, in the order of the network; the first and the last layer get ``ends``.
-    ``cost``: of such a mapping, never less for more bits.
-    """
-    layers = list(bits)
-    inner = layers[1:-1]
-    found = {path: list(bits[path]) if path in inner else [ends, ends] for path in layers}
-
-    def now() -> dict[str, tuple[int, int]]:
-        return {path: (weight, inputs) for path, (weight, inputs) in found.items()}
-
-    while any(b > least for path in inner for b in found[path]):
-        for path in reversed(inner):
-            for which in (1, 0):
-                if cost(now()) <= budget:
-                    return now()
-                found[path][which] -= found[path][which] > least
-    return now()
-
-
-# EdMIPS
-
-
-def mixed(network: nn.Module, layers: Iterable[str], bits: Sequence[int]) -> nn.Module:
-    """A copy in which each of these layers has two decisions, ``PATH.weight_quantizer`` and ``PATH.input_quantizer``,
-    with an option "2" for 2 bits: sum_i p_i Q_i(x) convolved once with sum_i p'_i Q_i(W), W shared.
-
-    The quantisers are HWGQ's, of 1 to 4 bits, which include the ReLU before a layer. Raises: UserError for other bits
-    and for a path that is no convolution or linear layer.
-    """
-
-    for b in bits:
-        check_bits("EdMIPS", b, least=1, most=4)
-
-    def choice(quantize: Callable[..., Tensor]) -> OneOf:
-        return OneOf({str(b): Fixed(partial(quantize, bits=b), b) for b in bits})
-
-    return quantized(network, {path: (choice(hwgq_weight), choice(hwgq_activation)) for path in layers})
-
-
-def expected_bits(quantizer: nn.Module) -> Tensor:
-    """sum_i p_i bits_i of a decision, p being what is drawn for the next pass or else the softmax; of a quantiser that
-    is not open, its bits."""
-    if not isinstance(quantizer, Decision):
-        return torch.tensor(float(quantizer.bits))  # pyright: ignore[reportArgumentType]
-    assert isinstance(quantizer, OneOf)
-    each = [quantizer.candidate(option).bits for option in quantizer.options]
-    return torch.stack([weight * each[i] for i, weight in quantizer.draw().pairs()]).sum()  # pyright: ignore[reportOperatorIssue]
-
-
-def penalty(network: nn.Module, macs: Mapping[str, float], strength: float) -> Tensor:
-    """strength sum_l c_l E_l[a] E_l[w] / c_0, differentiable in the logits; to be added to the loss.
-
-    ``macs``: c_l of the quantised layers that count, in any unit; c_0 is the first of them in the network, so that a
-    ``strength`` holds for one network only.
-    """
-    found = {p: m for p, m in network.named_modules() if p in macs and isinstance(m, QuantConv2d | QuantLinear)}
-    if not macs or len(found) < len(macs):
-        raise UserError(f"no quantised layers: {', '.join(macs.keys() - found.keys())}")
-    bits = (macs[p] * expected_bits(m.input_quantizer) * expected_bits(m.weight_quantizer) for p, m in found.items())
-    return strength * torch.stack(list(bits)).sum() / macs[next(iter(found))]

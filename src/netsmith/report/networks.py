@@ -17,8 +17,9 @@ COSTS = {
     "ram_bytes": size,
     "flash_bytes": size,
     "branches": count,
+    "bitops": count,
 }
-ON_DEMAND = ("peak_memory_bytes", "ram_bytes", "flash_bytes", "branches")
+ON_DEMAND = ("peak_memory_bytes", "ram_bytes", "flash_bytes", "branches", "bitops")
 """Costs that are shown only where a budget asks for them."""
 NAMES = {name: f"{name}_bytes" for name in ("file", "peak_memory", "ram", "flash")}
 """Costs that a budget calls by another name."""
@@ -32,6 +33,7 @@ AS_GOOD = {
     "ram": "with as little RAM in int8",
     "flash": "with as little flash in int8",
     "branches": "with as few branches to train",
+    "bitops": "with as few bit operations",
 }
 """What a network is that takes no more of a budget's metric than another."""
 

@@ -20,6 +20,7 @@ TITLES = {
     "ram_bytes": "RAM in int8",
     "flash_bytes": "flash in int8",
     "branches": "branches",
+    "bitops": "bit operations",
 }
 
 
@@ -49,7 +50,8 @@ def rows(result: dict[str, Any]) -> list[Row]:
 
 
 def columns(results: list[dict[str, Any]]) -> list[str]:
-    """Which costs the table shows; peak memory and branches only where a budget asked for them."""
+    """Which costs the table shows; peak memory, branches and bit operations only where a budget
+    asked for them."""
     limited = {NAMES.get(metric, metric) for result in results for metric in budgeted(result)}
     return [name for name in COSTS if name not in ON_DEMAND or name in limited]
 

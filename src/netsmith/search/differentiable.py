@@ -51,8 +51,10 @@ class Steps:
     """Of the weights' SGD."""
     weight_decay: NonNegativeFloat = 1e-4
     """On the weights."""
+    architecture_optimizer: Literal["adam", "sgd"] = "adam"
+    """Of the logits; sgd has the momentum of the weights (EdMIPS)."""
     architecture_rate: PositiveFloat = 0.03
-    """Adam's rate on the logits (FBNet: 0.01 over 90 epochs)."""
+    """Its rate (FBNet: 0.01 over 90 epochs)."""
     architecture_decay: NonNegativeFloat = 5e-4
     """Weight decay on the logits."""
     architecture_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.5
@@ -74,6 +76,14 @@ class Steps:
             weight_decay=self.weight_decay,
             nesterov=self.momentum > 0,
         )
+
+    def of_logits(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of the logits."""
+        group = {"params": list(parameters)}  # as a group it may be empty: nothing open from the start
+        rate, decay = self.architecture_rate, self.architecture_decay
+        if self.architecture_optimizer == "sgd":
+            return torch.optim.SGD([group], lr=rate, momentum=self.momentum, weight_decay=decay)
+        return torch.optim.Adam([group], lr=rate, betas=(self.architecture_momentum, 0.999), weight_decay=decay)
 
 
 class Searcher:
@@ -191,12 +201,7 @@ class Loop:
         self.generator = torch.Generator()
         searcher.supernet.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.weights = steps.descent(weights(searcher.supernet))
-        self.architecture = torch.optim.Adam(
-            [{"params": searcher.parameters()}],  # as a group it may be empty: nothing open from the start
-            lr=steps.architecture_rate,
-            betas=(steps.architecture_momentum, 0.999),
-            weight_decay=steps.architecture_decay,
-        )
+        self.architecture = steps.of_logits(searcher.parameters())
 
     @property
     def learning(self) -> bool:

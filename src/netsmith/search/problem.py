@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from netsmith.architecture import Outline, extreme, mutate, outline
-from netsmith.cost.bits import QuantizedFileBytes
+from netsmith.cost.bits import BitOps, QuantizedFileBytes
 from netsmith.cost.budget import Budget, show, within
 from netsmith.cost.counts import BranchCount, Flash, Macs, Params, Shape
 from netsmith.cost.memory import ALIVE, moments
@@ -30,8 +30,11 @@ COUNTED = {
     "file": QuantizedFileBytes(),
     "flash": Flash(),
     "branches": BranchCount(),
+    "bitops": BitOps(),
 }
 """Costs that add up over layers and need no device."""
+SELDOM = ("flash", "bitops")
+"""Those of them that are counted only where a budget asks for them: to count one takes a second or two."""
 LEARNT = "learnt.safetensors"
 """In the folder of a run: weights that a method has taught the space, which every network made of it then has."""
 FILL = 0.95
@@ -93,7 +96,8 @@ class Problem:
     @cached_property
     def prices(self) -> dict[str, Prices]:
         """Prices of every cost that adds up."""
-        return {"latency": self.latency, **tabulate_all(self.shapes, COUNTED, self.input_shape)}
+        usual = {name: price for name, price in COUNTED.items() if name not in SELDOM}
+        return OnDemand(self, {"latency": self.latency, **tabulate_all(self.shapes, usual, self.input_shape)})
 
     @cached_property
     def work(self) -> Prices:
@@ -323,6 +327,23 @@ class Problem:
         prices = _restricted(self.prices["macs"], fitting).alone
         smallest = extreme(prices, self.parents, self.outline.rules, largest=False)
         return ALIVE[metric](self.plain(smallest), self.input_shape)
+
+
+class OnDemand(dict[str, Prices]):
+    """Prices by their cost, those of `SELDOM` when they are looked up."""
+
+    def __init__(self, problem: Problem, known: Mapping[str, Prices]) -> None:
+        super().__init__(known)
+        self.problem = problem
+
+    def __contains__(self, name: object) -> bool:
+        return name in SELDOM or super().__contains__(name)
+
+    def __missing__(self, name: str) -> Prices:
+        if name not in SELDOM:
+            raise KeyError(name)
+        self[name] = tabulate(self.problem.shapes, COUNTED[name], self.problem.input_shape)
+        return self[name]
 
 
 def _reachable(values: Options, parents: Mapping[str, tuple[str, str]]) -> Options:

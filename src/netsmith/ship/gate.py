@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from netsmith.cost import meter
+from netsmith.cost.bits import BitOps
 from netsmith.cost.budget import Budget, show, within
 from netsmith.cost.counts import BranchCount, Flash, Macs, Params, Shape
 from netsmith.cost.device import Device, OrtCpu, load_shipped
@@ -51,7 +52,7 @@ class Verdict:
     budgets: list[Judged]
     costs: dict[str, float | None]
     """By the metrics of budgets: latency (ms, the median), params, macs, peak_memory, ram, flash and file (bytes),
-    branches."""
+    branches, bitops."""
     latency: Measurement | None
     predicted_ms: float | None
     relative: dict[str, float]
@@ -79,6 +80,7 @@ class Verdict:
                 "flash_bytes": self.costs["flash"],
                 "file_bytes": self.costs["file"],
                 "branches": self.costs["branches"],
+                "bitops": self.costs["bitops"],
                 "latency_ms": {
                     "predicted": self.predicted_ms,
                     "median": median,
@@ -140,6 +142,7 @@ def gate(
         "flash": Flash()(network, shape),
         "file": float(onnx_path.stat().st_size),
         "branches": BranchCount()(network, shape),
+        "bitops": BitOps()(network, shape),
     }
     judged = [
         _judge(budget, limits[budget.metric], costs[budget.metric], predicted_ms, measured, device)
