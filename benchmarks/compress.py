@@ -46,7 +46,7 @@ from netsmith.train.loop import evaluate, train
 from netsmith.train.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results" / "compress.jsonl"
-LEARNING = {"lana": 3, "smcp": 6, "smcp,mixed_precision": 6, "uniform": 0, "torch_pruning": 0}
+LEARNING = {"lana": 3, "smcp": 6, "smcp+mixed_precision": 6, "uniform": 0, "torch_pruning": 0}
 """Epochs before a network is chosen; a chain's methods share the epochs after it."""
 WAYS = tuple(LEARNING)
 NEARLY = 0.97
@@ -90,9 +90,18 @@ def compressed(way: str, folder: Path, share: float, epochs: int, seed: int, wor
     """By a method of netsmith, as a user would."""
     out = work / f"{folder.name}-{way}-{share}"
     if not (out / "result.json").exists():
-        before, methods = LEARNING[way], way.count(",") + 1
+        before, methods = LEARNING[way], way.count("+") + 1
         budget = ["--budget", f"latency<={share}x", "--epochs", str((epochs - before) // methods)]
-        words = ["compress", str(folder), "--method", way, *budget, "--seed", str(seed), "--baselines"]
+        words = [
+            "compress",
+            str(folder),
+            "--method",
+            way.replace("+", ","),
+            *budget,
+            "--seed",
+            str(seed),
+            "--baselines",
+        ]
         learning = ["--search-epochs", str(before)] if methods == 1 else []  # of a chain: SMCP's own are given below
         if methods > 1:
             options = work / "chain.yaml"
