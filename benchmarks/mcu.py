@@ -113,10 +113,15 @@ def summary(rows: list[dict]) -> str:
                 ", ".join(f"{row[name] / 1e3:.1f}" for row in mine) for name in ("ram", "ram_in_place", "flash")
             )
             macs = ", ".join(f"{row['macs'] / 1e6:.1f} M" for row in mine)
-            shown = " | ".join(kilobytes)
-            lines.append(
-                f"| {way} | {len(mine)} | {statistics.fmean(accuracy):.2f} ({spread}) | {lost:+.2f} | {shown} | {macs} |"
-            )
+            cells = [
+                way,
+                str(len(mine)),
+                f"{statistics.fmean(accuracy):.2f} ({spread})",
+                f"{lost:+.2f}",
+                *kilobytes,
+                macs,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
