@@ -159,7 +159,7 @@ def test_an_option_without_entry_is_an_error_and_a_fixed_part_only_without_a_con
     assert latency.prices.of({"1": "skip"}) == pytest.approx(6.0)
 
 
-@pytest.mark.parametrize("name", ["fbnet_small", "prunet_small"])
+@pytest.mark.parametrize("name", ["fbnet_small", pytest.param("prunet_small", marks=pytest.mark.slow)])
 def test_calibration_networks_cover_the_range(name: str):
     with torch.device("meta"):
         supernet = open_space(name, depth=2)

@@ -198,7 +198,7 @@ def test_killed_and_resumed_equals_undisturbed(method, tmp_path):
     count, checkpoints = len(writes), [i for i, kind in enumerate(writes, start=1) if kind == "checkpoint"]
     assert count > 5
     # Among others right before a checkpoint, when its epoch's events are already written.
-    points = {1, count // 2, count, *checkpoints[1::2][:2]}
+    points = {count // 2, count, *checkpoints[1::2][:1]}
     for point in sorted(points):
         with dying_at(point), pytest.raises(Killed):
             search_one_budget(method, tmp_path / str(point))
@@ -246,10 +246,6 @@ def kill_at_random_moments(method: str, folder: Path, moments: int, monkeypatch)
         killed += process.exitcode == -9
         assert search_one_budget(method, path).same(whole), f"kill {number}"
     assert killed >= moments // 2  # the rest were faster than the first and had ended
-
-
-def test_kill_9_at_random_moments(tmp_path, monkeypatch):
-    kill_at_random_moments("prunet", tmp_path, 2, monkeypatch)
 
 
 @pytest.mark.slow

@@ -147,7 +147,7 @@ def test_accumulation_over_replicas(tmp_path):
         assert losses(found) == pytest.approx(losses(alone), abs=1e-6)
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_any_number_of_replicas_goes_on_from_where_four_were_stopped(tmp_path, steps):
     """Two steps an epoch: within the first, and within the second."""
     path, undisturbed = tmp_path / "train.pt", network()
