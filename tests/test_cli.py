@@ -408,6 +408,7 @@ def test_measuring_takes_time(seconds, real_run, capsys):
     assert "allowed: more than 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_train_again_gives_the_same_network(real_run, capsys):
     before = (real_run / "weights.safetensors").read_bytes()
     (real_run / "weights.safetensors").unlink()

@@ -259,6 +259,7 @@ def test_peak_memory_alone_is_a_budget(method, table, tmp_path):
     assert result["kept"]
 
 
+@pytest.mark.slow
 def test_the_reference_is_trained_only_where_something_is_relative_to_it(table, tmp_path):
     budget = ("params<=100k", "latency<=1ms")
     result = finish(tmp_path / "run", table, method="random", budget=budget)
@@ -286,6 +287,7 @@ def test_the_reference_teaches_where_the_recipe_distils(table, tmp_path, monkeyp
     assert sum(p.numel() for p in taught[small].parameters()) == large
 
 
+@pytest.mark.slow
 def test_the_reference_teaches_under_an_absolute_budget_too(table, tmp_path, monkeypatch):
     taught = []
     monkeypatch.setattr(pipeline, "train", lambda *_, teacher, **__: taught.append(teacher is not None))

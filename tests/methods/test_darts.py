@@ -17,7 +17,7 @@ def number(value: float) -> nn.Parameter:
     return nn.Parameter(torch.tensor(value, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("xi", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("xi", [0.0, pytest.param(0.1, marks=pytest.mark.slow), 0.5])
 def test_the_solvable_model_ends_where_its_equations_say(xi):
     # L_search = a w - 2 a + 1, L_train = w^2 - 2 a w + a^2; first order -> (2, 2), second -> 2 / (1 + 2 xi), 1 at best.
     a, w = number(2.0), number(-2.0)

@@ -50,9 +50,14 @@ from netsmith.train.loop import evaluate, train
 EVERY = pytest.mark.parametrize("method", METHODS)
 VARIANTS = [name for name in planted.OPTIONS if "+" in name]
 LEARNING = [method for method in METHODS if method not in ("random", "capacity")]
-TRAINING = pytest.mark.parametrize("method", [*LEARNING, *VARIANTS])
-SLOW = [pytest.param(variant, marks=pytest.mark.slow) for variant in VARIANTS]
 """Methods that look at the data while they search."""
+TRAINING = pytest.mark.parametrize("method", [*LEARNING, *VARIANTS])
+LIKE_FBNET = ("proxylessnas", "darts", "rarts")
+"""Whose search begins, goes on and ends as FBNet's does."""
+KILLED = [
+    pytest.param(method, marks=[pytest.mark.slow] if method in (*VARIANTS, *LIKE_FBNET) else [])
+    for method in (*LEARNING, *VARIANTS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +196,7 @@ def dying_at(point: int | None) -> Iterator[list[str]]:
         yield writes
 
 
-@pytest.mark.parametrize("method", [*LEARNING, *SLOW])
+@pytest.mark.parametrize("method", KILLED)
 def test_killed_and_resumed_equals_undisturbed(method, tmp_path):
     with dying_at(None) as writes:
         whole = search_one_budget(method, tmp_path / "whole")

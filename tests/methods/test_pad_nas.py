@@ -129,7 +129,7 @@ def individuals(folder: Path, stage: int) -> list[dict]:
     return [architecture for file in files for architecture, _ in json.loads(file.read_text())["value"]]
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_sets_only_shrink_and_nobody_is_outside_of_window_or_set(seed, tmp_path):
     problem = problem_of(task=stripes(64))
     outcome = search("pad_nas", tmp_path / "run", problem=problem, seed=seed)

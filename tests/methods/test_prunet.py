@@ -740,7 +740,7 @@ def test_a_shared_warm_up_takes_the_supernet_of_the_dearest_start(rehearse):
 # Fronts -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("headroom", [0.0, 2.0])
+@pytest.mark.parametrize("headroom", [0.0, pytest.param(2.0, marks=pytest.mark.slow)])
 def test_budgets_of_a_front_share_the_warm_up_under_their_own_ceilings(headroom, tmp_path):
     problem = problem_of(shares=(0.1, 0.8), task=stripes(64))
     search("prunet", tmp_path / "run", problem=problem, headroom=headroom)

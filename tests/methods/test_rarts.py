@@ -76,8 +76,8 @@ def rounds(method: RARTS, count: int, monkeypatch, each=lambda searcher: None) -
     ("order", "weight", "coupling", "solution"),
     [
         ("gauss_seidel", 10, 10, (1.081081, 1.027027, 0.918919)),
-        ("jacobi", 5, 20, (1.081081, 0.972973, 0.918919)),
-        ("gauss_seidel", 10, 1, (2.105263, 2.0, -0.105263)),
+        pytest.param("jacobi", 5, 20, (1.081081, 0.972973, 0.918919), marks=pytest.mark.slow),
+        pytest.param("gauss_seidel", 10, 1, (2.105263, 2.0, -0.105263), marks=pytest.mark.slow),
         ("jacobi", 1, 1, (4.0, 2.0, -2.0)),
     ],
 )
@@ -123,6 +123,7 @@ def test_uncoupled_and_without_the_training_loss_the_logits_follow_first_order_d
     assert searcher.supernet.w.item() == -2.0
 
 
+@pytest.mark.slow
 def test_a_strong_coupling_is_one_network(monkeypatch):
     gaps, away = [], []
     for beta in (1.0, 10.0, 100.0):

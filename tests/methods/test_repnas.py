@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from planted import branched, problem_of, search, stripes, toy_for
+from planted import NARROWING, QUANTISING, REPLACING, branched, problem_of, search, stripes, toy_for
 from torch.nn import functional as F
 
 from netsmith.architecture import enumerate_architectures, outline
@@ -248,7 +248,7 @@ def test_a_space_without_branches_is_refused_in_a_sentence():
         asked(SearchOptions(method="repnas", space="fbnet_small", budget=("latency<=0.5x",)))
     sentence = str(caught.value)
     assert "repnas cannot search the space 'fbnet_small': its decision 'body'" in sentence
-    others = [name for name in METHODS if name not in ("repnas", "lana", "smcp", "mixed_precision")]
+    others = [name for name in METHODS if name not in ("repnas", *REPLACING, *NARROWING, *QUANTISING)]
     assert sentence.endswith(f"methods that can: {', '.join(others)}")
 
 

@@ -223,6 +223,7 @@ def test_a_rule_counts_in_what_the_smallest_network_needs():
         problem.allocate(only, [])
 
 
+@pytest.mark.slow
 def test_a_network_within_peak_memory_is_found_where_no_block_alone_is_too_large(monkeypatch):
     # In a cell the nodes that are alive together take the memory, so that thousands of dear networks are above it.
     problem = problem_of(functools.partial(nasbench201, 3, 1, 8, cells=1, width=4))

@@ -52,7 +52,7 @@ def test_a_shared_decision_gets_the_gradient_of_all_its_places():
     assert all(logits.grad.abs().sum() > 0 for logits in searcher.parameters())
 
 
-@pytest.mark.parametrize("method", ["fbnet", "proxylessnas", "darts", "rarts"])
+@pytest.mark.parametrize("method", ["fbnet", "proxylessnas", "darts", pytest.param("rarts", marks=pytest.mark.slow)])
 def test_cells_are_searched_within_their_rules_and_the_budget(method, tmp_path):
     rhythm = {} if method == "fbnet" else {"rhythm": 1}
     for build in (one_cell, cells):

@@ -109,6 +109,7 @@ def test_replicas_train_like_one_process(tmp_path):
     assert len(set(alone["counted"])) == 1
 
 
+@pytest.mark.slow
 def test_batch_norm_over_fewer_replicas_is_something_else(tmp_path):
     (alone,) = train_with(1, tmp_path)
     first, second = train_with(2, tmp_path, replace(RECIPE, norm_replicas=1))
