@@ -16,9 +16,10 @@ from netsmith.cost.budget import Budget
 from netsmith.cost.counts import Flash, Macs, Params
 from netsmith.cost.memory import PeakMemory, Ram
 from netsmith.decisions import derive
-from netsmith.methods.mcu_pruning import MCUPruning, Pruning, derivative, excess, hat, moved, soft_mask, used
+from netsmith.methods.mcu_pruning import MCUPruning, Pruning, derivative, excess, moved, soft_mask
 from netsmith.run import read_events
 from netsmith.search.allocate import Infeasible
+from netsmith.search.masked import hat, used
 from netsmith.search.problem import taught
 from netsmith.ship.weights import tensors
 
@@ -190,7 +191,7 @@ def test_the_loss_through_soft_masks_moves_widths_by_its_own_derivative(training
 @pytest.mark.parametrize("loss", ["importance", "dsa"])
 def test_what_is_found_keeps_all_budgets_as_integers_and_ships_as_it_ran(loss, tmp_path):
     problem = limited(("flash", 0.5), ("ram", 0.8), ("macs", 0.6))
-    method = MCUPruning(epochs=5, batch_size=16, every=2, loss=loss)
+    method = MCUPruning(epochs=5, batch_size=16, loss=loss)
     with new_run(tmp_path / "run") as run:
         pruning = Pruning(method, problem, run)
         pruning.train()

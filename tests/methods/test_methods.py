@@ -310,8 +310,8 @@ def test_finds_what_works(method, good_kernel, tmp_path):
         "pad_nas": {"steps": {**steps, "epochs": 16}, "finals": alone},
         "repnas": {"steps": {**steps, "epochs": 24, "architecture_rate": 0.03}},  # half of the branches learn in a step
         "smcp": {"epochs": 12, "batch_size": 16, "every": 2},
-        "mcu_pruning": {"epochs": 12, "batch_size": 16, "every": 2},
-        "mcu_pruning+dsa": {"epochs": 12, "batch_size": 16, "every": 2, "loss": "dsa"},
+        "mcu_pruning": {"epochs": 12, "batch_size": 16},
+        "mcu_pruning+dsa": {"epochs": 12, "batch_size": 16, "loss": "dsa"},
         "mixed_precision": {},
         "haq": {"episodes": 40, "warmup_episodes": 10, "images": 48},
         "edmips": {"steps": {**steps, "architecture_rate": 0.3}},

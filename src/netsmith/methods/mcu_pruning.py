@@ -17,24 +17,24 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from netsmith.cost.budget import Budget
-from netsmith.cost.prices import Options, Prices
-from netsmith.decisions import Architecture, Option
+from netsmith.cost.prices import Options
+from netsmith.decisions import Architecture
 from netsmith.run import Run
-from netsmith.search.masked import Masked, Masking, Share, search_masked
+from netsmith.search.masked import Masked, Masking, Share, search_masked, used
 from netsmith.search.problem import Problem, prefer
 
 
 @dataclass(frozen=True, kw_only=True)
 class MCUPruning(Masking):
-    """Each group of channels has a width s, a real number. Every few steps it moves by what the budgets are relieved of
+    """Each group of channels has a width s, a real number. Every so often it moves by what the budgets are relieved of
     by a channel less, R'(s), against what the loss would lose; the best channels, so many, are left unmasked."""
 
     warm: Share = 0.1
     """The share of the steps before anything moves."""
     ramp: Share = 0.7
     """The share of the steps in which widths move; the masks stay as they are for the rest."""
-    every: PositiveInt = 10
-    """Steps from one move to the next (50 to 100, of trainings from scratch)."""
+    moves: PositiveInt = 40
+    """How often they move, at most once a step (every 50 to 100 steps, of trainings from scratch)."""
     step: Annotated[float, Field(gt=0, le=1)] = 0.1
     """The share of its channels that a group moves by at most (eta)."""
     caution: NonNegativeFloat = 0.3
@@ -93,7 +93,9 @@ class Pruning(Masked):
         first, last = math.ceil(method.warm * total), min(total, math.ceil((method.warm + method.ramp) * total))
         if self.step == last:
             self.settle()
-        elif self.budgets and first <= self.step < last and self.step % method.every == 0:
+        elif (
+            self.budgets and first <= self.step < last and (self.step - first) % -(-(last - first) // method.moves) == 0
+        ):
             self.move((self.step - first) / (last - first))
 
     def move(self, way: float) -> None:
@@ -165,35 +167,6 @@ class Pruning(Masked):
             left = max(1, round(self.widths[path]))
             found[path] = float(worth.sort(descending=True).values[left - 1])
         return found
-
-
-def used(problem: Problem, budget: Budget, s: Mapping[str, Tensor]) -> Tensor:
-    """What a budget limits at real widths, differentiable: exact at the options for latency, everywhere for sums of
-    products of two widths; memory is that of its worst moment. Unit: the budget's."""
-    return torch.stack([at(prices, s) for prices in problem.sums(budget.metric)]).max()
-
-
-def at(prices: Prices, s: Mapping[str, Tensor]) -> Tensor:
-    """A price between the options of each width, linear along each: at an option it is the option's own."""
-    hats = {path: hat([int(n) for n in row], s[path]) for path, row in prices.options.items()}
-    total = next(iter(s.values())).new_tensor(prices.constant)
-    for path, row in prices.options.items():
-        total = total + hats[path] @ total.new_tensor(list(row.values()))
-    for (a, b), row in prices.pairs.items():
-        first: Sequence[Option] = list(prices.options[a])
-        second: Sequence[Option] = list(prices.options[b])
-        total = total + hats[a] @ total.new_tensor([[row[i, j] for j in second] for i in first]) @ hats[b]
-    return total
-
-
-def hat(options: Sequence[int], s: Tensor) -> Tensor:
-    """The shares of a number s among ``options``, rising: those of the two next to it, in which it is linear."""
-    if len(options) == 1:
-        return torch.ones_like(s)[None]
-    i = min(max(sum(n <= s.item() for n in options) - 1, 0), len(options) - 2)
-    share = (s - options[i]) / (options[i + 1] - options[i])
-    found = s.new_zeros(len(options))
-    return found.index_put((torch.tensor([i, i + 1]),), torch.stack([1 - share, share]))
 
 
 def excess(uses: Mapping[str, Tensor], limits: Sequence[Budget]) -> Tensor:

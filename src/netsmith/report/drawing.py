@@ -115,6 +115,13 @@ def brackets(epochs: list[dict[str, Any]]) -> list[Bracket]:
     ]
 
 
+def kept(epochs: list[dict[str, Any]]) -> list[Bracket]:
+    """How many channels of each group are not masked, over the epochs."""
+    noted = [epoch for epoch in epochs if isinstance(epoch.get("kept"), dict)]
+    found = brackets([epoch | {"widths": {path: [0, n] for path, n in epoch["kept"].items()}} for epoch in noted])
+    return [replace(b, first=b.first.removeprefix("0–"), last=b.last.removeprefix("0–")) for b in found]
+
+
 def _bracket(path: str, points: list[tuple[float, float, float]]) -> Bracket:
     start, end = points[0][0], points[-1][0] + 1  # an epoch's bracket holds until the next epoch
     top = max(high for _, _, high in points) or 1.0

@@ -198,7 +198,7 @@ def _section(folder: Folder, gallery: Gallery) -> dict[str, Any]:
         "folder": folder,
         "facts": {
             **{key: pick(folder.result, key) for key in ("method", "space", "task", "seed")},
-            "after": ", ".join(str(stage.get("method")) for stage in items(folder.result, "stages")[:-1]),
+            "after": ", ".join(str(stage.get("method")) for stage in items(folder.result, "stages")[:-1]) or None,
             "made of": _first(folder.asked("space_options", "of")),
         },
         "searches": [_search(search, members, gallery) for search in learned],
@@ -259,6 +259,7 @@ def _search(search: Search, members: list[dict[str, Any]], gallery: Gallery) -> 
         "certainty": gallery.hang(sure),
         "choices": [gallery.hang(figure) for figure in heat.choices(search.epochs, own)],
         "brackets": drawing.brackets(search.epochs),
+        "kept": drawing.kept(search.epochs),
         "narrowed": drawing.narrowed(search.epochs),
     }
 

@@ -8,7 +8,7 @@ method adds is which channels are masked, and when.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from netsmith.cost.prices import Options
-from netsmith.decisions import Architecture, Decision
+from netsmith.cost.budget import Budget
+from netsmith.cost.prices import Options, Prices
+from netsmith.decisions import Architecture, Decision, Option
 from netsmith.errors import UserError
 from netsmith.graph.slimmable import Kept, Slimmable
 from netsmith.run import Run, atomically
@@ -79,7 +80,7 @@ class Masked:
         self.epoch = self.step = 0
 
     @property
-    def budgets(self) -> list:
+    def budgets(self) -> list[Budget]:
         return self.problem.budgets[self.number]
 
     def learn(self) -> None:
@@ -94,24 +95,34 @@ class Masked:
         checkpoint = self.run.checkpoint(f"{self.name}-{self.number}.pt")
         if checkpoint.exists():
             self.load(load_state(checkpoint))
+        else:
+            self.note({})
         while self.epoch < self.method.epochs:
             loss = self.train_epoch()
             self.epoch += 1
+            self.note({"train_loss": loss})
             kept = sum(mask.sum().item() for mask in self.masks.values()) / sum(map(len, self.masks.values()))
-            self.run.event(
-                f"{self.name}_epoch",
-                number=self.number,
-                epoch=self.epoch,
-                loss=loss,
-                kept=kept,
-                widths=self.architecture,
-            )
             note = f"loss {loss:.3f}, {100 * kept:.0f} % of the channels"
             self.run.progress("channels are chosen", self.epoch, self.method.epochs, note)
             save_state(checkpoint, self.state())
         self.finish()
         values = self.values()
         return {"values": {p: list(row.values()) for p, row in values.items()}, "architecture": self.architecture}
+
+    def note(self, entry: dict[str, float]) -> None:
+        """What the page draws of an epoch; the whole network is number 0."""
+        s = {path: torch.tensor(float(n), dtype=torch.float64) for path, n in self.architecture.items()}
+        costs = {b.metric: used(self.problem, b, s).item() for b in self.budgets}
+        limits = {b.metric: b.limit for b in self.budgets}
+        self.run.event(
+            "search_epoch",
+            search=f"{self.name}-{self.number}",
+            epoch=self.epoch,
+            **entry,
+            expected=costs,
+            target=limits,
+            kept=self.architecture,
+        )
 
     def train_epoch(self) -> float:
         """One pass; returns the mean loss."""
@@ -217,6 +228,35 @@ def search_masked(problem: Problem, run: Run, name: str, training: Callable[[int
         return prefer(values, found["architecture"], 1.0 + len(values))
 
     return [searched(number) for number in range(len(problem.budgets))]
+
+
+def used(problem: Problem, budget: Budget, s: Mapping[str, Tensor]) -> Tensor:
+    """What a budget limits at real widths, differentiable: exact at the options for latency, everywhere for sums of
+    products of two widths; memory is that of its worst moment. Unit: the budget's."""
+    return torch.stack([at(prices, s) for prices in problem.sums(budget.metric)]).max()
+
+
+def at(prices: Prices, s: Mapping[str, Tensor]) -> Tensor:
+    """A price between the options of each width, linear along each: at an option it is the option's own."""
+    hats = {path: hat([int(n) for n in row], s[path]) for path, row in prices.options.items()}
+    total = next(iter(s.values())).new_tensor(prices.constant)
+    for path, row in prices.options.items():
+        total = total + hats[path] @ total.new_tensor(list(row.values()))
+    for (a, b), row in prices.pairs.items():
+        first: Sequence[Option] = list(prices.options[a])
+        second: Sequence[Option] = list(prices.options[b])
+        total = total + hats[a] @ total.new_tensor([[row[i, j] for j in second] for i in first]) @ hats[b]
+    return total
+
+
+def hat(options: Sequence[int], s: Tensor) -> Tensor:
+    """The shares of a number s among ``options``, rising: those of the two next to it, in which it is linear."""
+    if len(options) == 1:
+        return torch.ones_like(s)[None]
+    i = min(max(sum(n <= s.item() for n in options) - 1, 0), len(options) - 2)
+    share = (s - options[i]) / (options[i + 1] - options[i])
+    found = s.new_zeros(len(options))
+    return found.index_put((torch.tensor([i, i + 1]),), torch.stack([1 - share, share]))
 
 
 def _top(worth: Tensor, count: int) -> Tensor:
