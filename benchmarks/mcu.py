@@ -14,14 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from compress import BROKEN, uniform
+from compress import netsmith_run, uniform
 from machine import machine
 from torch import nn
 
@@ -49,17 +47,16 @@ def network(classes: int, channels: int, resolution: int) -> nn.Module:
     return mobilenet_v2(0.35, classes, channels, resolution)
 
 
-def netsmith_run(*words: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "netsmith", *words], stdout=subprocess.DEVNULL)
-    if done.returncode not in (0, BROKEN):
-        raise SystemExit(f"netsmith {' '.join(words)} ended with {done.returncode}")
+def run(*words: str) -> None:
+    if said := netsmith_run(*words):
+        raise SystemExit(said)
 
 
 def original(seed: int, epochs: int, work: Path) -> Path:
     folder = work / f"original-{seed}"
     if not (folder / "result.json").exists():
         words = ["--model", "module:mcu:network", "--task", "cifar10", "--epochs", str(epochs), "--seed", str(seed)]
-        netsmith_run("train", *words, "--out", str(folder))
+        run("train", *words, "--out", str(folder))
     return folder
 
 
@@ -72,7 +69,7 @@ def compressed(way: str, folder: Path, learning: int, epochs: int, seed: int, wo
         words += [word for name, limit in LIMITS.items() for word in ("--budget", f"{name}<={limit:.0f}{unit(name)}")]
         words += ["--baselines", *(["--config", str(options)] if "dsa" in way else [])]
         again = ["--resume", str(out)]
-        netsmith_run("compress", *(again if out.exists() else [str(folder), *words, "--out", str(out)]))
+        run("compress", *(again if out.exists() else [str(folder), *words, "--out", str(out)]))
     return netsmith.load(out)
 
 
