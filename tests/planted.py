@@ -282,6 +282,19 @@ def opened(network: nn.Module, most: int = 8) -> Slimmable:
         return Slimmable(network, channels(network, (1, 8, 8)), step=4, most=most)
 
 
+def small() -> nn.Sequential:
+    """Three layers with weights, one of them in groups, on images of (3, 8, 8)."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.BatchNorm2d(8),
+        nn.Conv2d(8, 8, 3, stride=2, groups=2),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(72, 4),
+    )
+
+
 BRANCHED = ("repnas",)
 """Methods that search branches and nothing else."""
 REPLACING = ("lana",)

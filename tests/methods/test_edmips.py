@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from planted import new_run, one_is_misled_in_int8, problem_of, stripes, toy_for
+from planted import new_run, one_is_misled_in_int8, problem_of, small, stripes, toy_for
 from torch import nn
 from torch.nn import functional as F
 
@@ -17,19 +17,6 @@ from netsmith.gates import Gumbel, draw, fix, release, single_path
 from netsmith.methods.edmips import Composed, EdMIPS, expected_bits, mixed, penalty
 from netsmith.run import read_events
 from netsmith.search.differentiable import Loop, Steps
-
-
-def small() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.Conv2d(8, 8, 3, stride=2, groups=2),
-        nn.BatchNorm2d(8),
-        nn.Flatten(),
-        nn.Linear(72, 4),
-    )
-
 
 SHAPE = (3, 8, 8)
 

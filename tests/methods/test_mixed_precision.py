@@ -6,8 +6,7 @@ import statistics
 
 import pytest
 import torch
-from planted import new_run, stripes, toy_for
-from torch import nn
+from planted import new_run, small, stripes, toy_for
 from torch.nn import functional as F
 
 from netsmith.blocks.quantized import Fixed, calibrate, quantized
@@ -197,18 +196,6 @@ def test_ties_that_cannot_be():
     for wrong in ({8: 0.0}, {2: 0.0, 4: 0.0, 8: 0.0}):
         with pytest.raises(UserError, match="'18' cannot be tied to '0': its options are"):
             least_sensitive({**OMEGA, "18": wrong}, [], [("0", "18")])
-
-
-def small() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1),
-        nn.BatchNorm2d(8),
-        nn.Conv2d(8, 8, 3, stride=2, groups=2),
-        nn.BatchNorm2d(8),
-        nn.Flatten(),
-        nn.Linear(72, 4),
-    )
 
 
 SHAPE = (3, 8, 8)
